@@ -1,0 +1,81 @@
+# Everything runs in .venv, made on first use and pinned by constraints.txt.
+#   make train    fine-tune the embedded model, a few minutes on two CPU cores
+#   make test     the whole test suite             make quick   the fast part of it
+#   make check    ruff, mypy, layers, budgets      make docs    write the generated docs anew
+#   make gpu      the checks that need a GPU       make pin     write constraints.txt anew
+#   make clean    remove what make made
+# Arguments go in ARGS: make train ARGS="peft=full seed=1", make test ARGS="-k resume".
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := train
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+PINNED := pyproject.toml constraints.txt
+# Processes of the suite; each test that starts ranks starts two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: train test quick check gpu docs pin clean
+
+train: $(VENV)/.installed
+	@$(BIN)/dtune train experiment=quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@$(PYTEST) $(ARGS)
+
+quick: $(VENV)/.installed-dev
+	@$(PYTEST) -m "not slow" tests/unit tests/contracts $(ARGS)
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck .ci/run slurm/*.sbatch benchmarks/*.sh
+	$(BIN)/python -m pytest -q tests/unit/test_budgets.py
+
+# On a machine with an NVIDIA GPU: everything that waits for one, and a table.
+gpu:
+	@bash benchmarks/gpu_checks.sh $(ARGS)
+
+docs: $(VENV)/.installed-dev
+	@$(BIN)/python -m dtune.config.reference docs/config.md README.md
+
+pin: $(VENV)/.installed-dev
+	@{ grep '^#' constraints.txt
+	  $(PIP) freeze --all --exclude-editable --exclude pip | sed 's/^\(torch==[0-9.]*\).*/\1/'; } > $(VENV)/pins
+	mv $(VENV)/pins constraints.txt
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/.installed: $(VENV)/.torch $(PINNED)
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch $(PINNED)
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[deepspeed,bitsandbytes,tensorboard,wandb,dev]"
+	touch $@ $(VENV)/.installed
+
+# First and alone: the CPU index is asked for torch only, and what is installed is kept afterwards.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@pin=$$(grep '^torch==' constraints.txt)
+	if nvidia-smi -L >/dev/null 2>&1; then
+	  echo "installing $$pin for CUDA into $(VENV)"
+	  $(PIP) install --quiet "$$pin" --constraint constraints.txt
+	else
+	  echo "installing $$pin for the CPU into $(VENV)"
+	  $(PIP) install --quiet --no-deps --extra-index-url $(TORCH_CPU) --retries 1 "$$pin"
+	fi
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 13); sys.exit(not ok and
+	  f"dtune needs Python 3.11 or 3.12, $(PYTHON) is {sys.version.split()[0]}; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,93 @@
+"""The page that shows the order: from a config to a trainer that is ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from dtune.build import build_data, build_held_out, build_trained_model, prepare_engine
+from dtune.checkpoint.adopt import Held
+from dtune.checkpoint.reader import CHECKPOINTS, load_checkpoint
+from dtune.checkpoint.writer import Checkpointer
+from dtune.config.identity import identity_of
+from dtune.config.run import RunConfig
+from dtune.evaluate.heldout import HeldOut
+from dtune.models.load import load_tokenizer
+from dtune.optim.schedules import check_steps
+from dtune.parallel.schema.single import SingleConfig
+from dtune.resume import find_own_checkpoint, go_on
+from dtune.run_folder import keep_old
+from dtune.runtime.world import World
+from dtune.train.export import Exporter
+from dtune.train.sinks.build import build_sinks
+from dtune.train.speed import speed_of
+from dtune.train.trainer import Cadence, RunProgress, Trainer
+from dtune.types import Engine
+
+
+def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
+    """Build everything of a run, in this order; the user's mistakes come before the weights."""
+    tokenizer = load_tokenizer(run.model)
+    built = build_trained_model(run, load=True)
+    data = build_data(run, tokenizer, world, world_size=world.size)
+    check_steps(run.schedule, data.total_steps)
+    held_out = build_held_out(run, tokenizer, data.objective, world)
+    identity = identity_of(
+        run, data.train.fingerprint, last_sequence=data.loader.sequences_until(data.total_steps)
+    )
+    checkpoint = find_own_checkpoint(run, built, identity, data.total_steps, world)
+    speed = speed_of(built.model, built.spec, data.train.lengths, run.precision.name, world)
+    engine = run.parallel.build(world, run.precision.name)
+    prepare_engine(engine, built, run, built.method.source(built.model, run.seed), data.total_steps)
+    progress, held = RunProgress(), Held()
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, engine=engine, identity=identity, world=world)
+        progress, held = go_on(checkpoint, Path(run.run_dir), data.total_steps, world)
+    elif world.is_first:
+        # Of an attempt that ended before it saved: the same steps come again.
+        keep_old(Path(run.run_dir) / "metrics.jsonl")
+    trainer = Trainer(
+        engine=engine,
+        objective=data.objective,
+        loader=data.loader,
+        evaluator=held_out,
+        checkpointer=Checkpointer(
+            Path(run.run_dir) / CHECKPOINTS, run.checkpoint, world, best_step=held.best_step
+        ),
+        identity=identity,
+        sinks=build_sinks(
+            run.log,
+            Path(run.run_dir),
+            world,
+            start_step=progress.step,
+            total_steps=data.total_steps,
+            settings=dataclasses.asdict(run),
+        ),
+        world=world,
+        config=run.train,
+        cadence=Cadence(run.log.every, run.train.eval_every, run.checkpoint.every),
+        best=run.checkpoint.best,
+        speed=speed,
+        total_steps=data.total_steps,
+        tokenizer=tokenizer,
+        run_dir=Path(run.run_dir),
+        progress=progress,
+        saved_step=held.saved_step,
+    )
+    return trainer, Exporter(engine, built.method, tokenizer, world)
+
+
+def assemble_evaluation(
+    run: RunConfig, world: World, exported: Path | None
+) -> tuple[Engine, HeldOut]:
+    """Build what evaluates exported weights; None: the base, which every method starts at."""
+    tokenizer = load_tokenizer(run.model)
+    built = build_trained_model(run, load=True)
+    held_out = build_held_out(run, tokenizer, run.objective.build(tokenizer), world)
+    assert held_out is not None, "data.eval_path was checked"
+    added = built.method.source(built.model, run.seed)
+    if exported is not None:
+        added = built.method.saved(str(exported))
+    engine = SingleConfig().build(world, run.precision.name)
+    prepare_engine(engine, built, run, added, total_steps=run.schedule.warmup_steps + 1)
+    return engine, held_out

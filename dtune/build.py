@@ -1,0 +1,153 @@
+"""The pieces that ``assemble`` puts together: model with method, data, held-out rows, engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dtune.config.run import RunConfig
+from dtune.data.dataset import TokenDataset
+from dtune.data.loader import Loader
+from dtune.data.prompts import Prompt, read_prompts
+from dtune.data.tokenize import prepare_dataset
+from dtune.evaluate.heldout import HeldOut
+from dtune.models.load import build_model, open_weights
+from dtune.models.sources import ChainedSource, RenamedSource
+from dtune.objectives.fingerprint import objective_fingerprint
+from dtune.optim.schedules import build_schedule
+from dtune.patch.apply import PatchRow, apply_patches
+from dtune.runtime.logs import log
+from dtune.runtime.schema import Precision
+from dtune.runtime.world import World
+from dtune.types import Engine, InjectReport, ModelSpec, Objective, PeftMethod, TensorSource
+
+STORAGE = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+}
+"""Dtype that frozen weights are stored in."""
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model on the meta device with its method in place."""
+
+    model: PreTrainedModel
+    spec: ModelSpec
+    method: PeftMethod
+    weights: TensorSource | None
+    """Of the base, by the names of the base; None where they are not to be loaded."""
+    report: InjectReport
+    patches: list[PatchRow]
+
+
+def build_trained_model(run: RunConfig, *, load: bool) -> BuiltModel:
+    """Model -> method -> patches, on the meta device: no weight is read.
+
+    With ``load`` the files of the weights are found and checked.
+    """
+    model, spec = build_model(run.model, dtype=STORAGE[run.precision.name])
+    weights = open_weights(run.model, model, spec, seed=run.seed) if load else None
+    method = run.peft.build()
+    report = method.inject(model, spec)
+    patches = apply_patches(model, run.kernels, spec)
+    log.info(
+        "%s: %s of %s parameters trained",
+        report.method,
+        f"{report.trainable:,}",
+        f"{report.total:,}",
+    )
+    return BuiltModel(model, spec, method, weights, report, patches)
+
+
+def prepare_engine(
+    engine: Engine, built: BuiltModel, run: RunConfig, added: TensorSource, total_steps: int
+) -> None:
+    """Recompute -> compile -> shard -> load -> optimizer; ``added`` are what the method added."""
+    assert built.weights is not None, "the model was built without its weights"
+    engine.prepare(
+        built.model,
+        built.spec,
+        source=ChainedSource([added, RenamedSource(built.weights, built.method.stored_name)]),
+        optimizer=run.optim.build,
+        schedule=lambda optimizer: build_schedule(run.schedule, optimizer, total_steps),
+        recompute=run.train.recompute,
+        compile_blocks=run.train.compile,
+    )
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Tokenised data and the steps that follow from them."""
+
+    objective: Objective
+    train: TokenDataset
+    loader: Loader
+    total_steps: int
+
+
+def build_data(
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World, *, world_size: int
+) -> RunData:
+    """Rows -> objective -> tokens (kept on disk) -> batches, for one of ``world_size`` ranks."""
+    objective = run.objective.build(tokenizer)
+    dataset = prepare_dataset(
+        run.data,
+        objective,
+        which="train",
+        fingerprint=objective_fingerprint(run.objective, tokenizer),
+        world=world,
+    )
+    loader = Loader(
+        dataset,
+        run.data,
+        micro_batch_size=run.train.micro_batch_size,
+        global_batch_size=run.train.global_batch_size,
+        seed=run.seed,
+        rank=world.rank,
+        world_size=world_size,
+        pad_token_id=padding_token(tokenizer),
+        epochs=0.0 if run.train.max_steps else run.train.epochs,
+    )
+    total_steps = run.train.max_steps or loader.steps_for(run.train.epochs)
+    return RunData(objective, dataset, loader, total_steps)
+
+
+def build_held_out(
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective, world: World
+) -> HeldOut | None:
+    """What is measured on data.eval_path; None where there are no held-out rows."""
+    if run.data.eval_path == "none":
+        return None
+    dataset = prepare_dataset(
+        run.data,
+        objective,
+        which="eval",
+        fingerprint=objective_fingerprint(run.objective, tokenizer),
+        world=world,
+    )
+    micro = run.train.micro_batch_size
+    loader = Loader(
+        dataset,
+        run.data,
+        micro_batch_size=micro,
+        global_batch_size=micro * world.size,
+        seed=run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        pad_token_id=padding_token(tokenizer),
+        epochs=1.0,
+        shuffle=False,
+    )
+    prompts: tuple[Prompt, ...] = ()
+    if run.evaluate.generate:
+        prompts = read_prompts(run.data, objective, max_rows=run.evaluate.max_rows)
+    return HeldOut(objective, loader, prompts, tokenizer, run.evaluate, world)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that fills rows up; never attended to or trained on, so any id serves."""
+    return int(tokenizer.pad_token_id or 0)

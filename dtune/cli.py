@@ -1,0 +1,55 @@
+"""The command line: ``dtune train | eval | config | plan | doctor``.
+
+Exit codes: 0 done, 1 a failure, 2 the config, the data or the disk is wrong (trying again does
+not help), 75 stopped by a signal with everything saved. Nothing here imports torch before the
+config has been composed and checked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from dtune import __version__
+from dtune.errors import ConfigError
+
+USAGE = """dtune fine-tunes Hugging Face language models. Settings are group=option and key=value.
+
+  dtune train [settings]             fine-tune; -m sweeps over settings given as a,b,c
+  dtune eval run_dir=RUN [settings]  loss and exact match of what a run has trained
+  dtune plan [settings]              what a run would do, without loading weights
+  dtune config [settings]            the composed config of a run
+  dtune doctor                       versions, devices, and what is missing for what
+
+Start here:  dtune train experiment=quickstart
+Help:        dtune train --help    all groups and options
+             docs/config.md        every key with its meaning
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if argv[0] == "--version":
+        sys.stdout.write(f"dtune {__version__}\n")
+        return 0
+    try:
+        return _find(argv[0])(argv[1:])
+    except ConfigError as error:
+        sys.stderr.write(f"dtune: {error}\n")
+        return 2
+
+
+def _find(name: str) -> Callable[[list[str]], int]:
+    """The command of a name, imported; ConfigError with the nearest names if there is none."""
+    from dtune.commands import COMMANDS, load_command
+
+    if name not in COMMANDS:
+        from dtune.config.suggest import did_you_mean, near_options
+
+        near = did_you_mean([f"dtune {command}" for command in near_options(name, COMMANDS)])
+        raise ConfigError(f"unknown command {name}{near}; one of {', '.join(COMMANDS)}")
+    return load_command(name)

@@ -1,0 +1,15 @@
+"""The commands of dtune: one module each, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+COMMANDS = ("train", "eval", "config", "plan", "doctor")
+
+
+def load_command(name: str) -> Callable[[list[str]], int]:
+    """The function of a command: takes its arguments, returns the exit code."""
+    module = importlib.import_module(f"dtune.commands.{name}")
+    command: Callable[[list[str]], int] = module.run
+    return command

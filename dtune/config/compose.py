@@ -1,0 +1,183 @@
+"""The only user of Hydra: from a command line to one resolved config text, without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from dtune.config.freeze import explain_omegaconf, freeze
+from dtune.config.run import POLYMORPHIC, RunConfig
+from dtune.config.suggest import did_you_mean, near_keys, near_options
+from dtune.errors import ConfigError
+from dtune.resources import find_data
+
+# Long options of Hydra itself; everything else is written key=value.
+HYDRA_FLAGS = frozenset(
+    "--help --hydra-help --version --cfg --resolve --package --run --multirun --shell-completion "
+    "--config-path --config-name --config-dir --experimental-rerun --info".split()
+)
+
+
+def register_schemas() -> None:
+    """Store every typed config under ``<group>/schema/<name>``, and the run's as ``schema/run``."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="run", node=RunConfig, package="_global_")
+    for group, registry in POLYMORPHIC.items():
+        for name in registry.names():
+            store.store(group=f"{group}/schema", name=name, node=registry.config(name))
+
+
+def compose(config_name: str, argv: Sequence[str]) -> str | None:
+    """Run Hydra on the arguments of a command; the frozen text of the config, resolved.
+
+    Hydra keeps all of its own: overrides, ``-m`` and sweepers, ``--cfg job``, ``--info``, shell
+    completion, ``hydra.searchpath``. Returns None where Hydra did what was asked (a sweep,
+    ``--cfg``, ...) and nothing is left to run. Raises ConfigError with the nearest right names.
+    """
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(help_text())
+        return None
+    register_schemas()
+    check_flags(argv)
+    composed: list[DictConfig] = []
+
+    def keep(config: DictConfig) -> None:
+        composed.append(config)
+
+    # An absolute folder: the same for a wheel, an editable install and any working directory.
+    folder = str(find_data("conf", f"{config_name}.yaml"))
+    app = hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(keep)
+    with _arguments([sys.argv[0], *_both_spellings(argv)]), _full_errors():
+        try:
+            app()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error) from error
+    return freeze(composed[0]) if composed else None
+
+
+def compose_overrides(config_name: str, overrides: Sequence[str]) -> str:
+    """Compose without a command line: the frozen text for the overrides."""
+    register_schemas()
+    folder = str(find_data("conf", f"{config_name}.yaml"))
+    try:
+        with hydra.initialize_config_dir(folder, version_base="1.3"):
+            return freeze(hydra.compose(config_name, list(_both_spellings(overrides))))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+def help_text() -> str:
+    """Groups and their options, and how settings are written."""
+    folders = sorted(path for path in find_data("conf", "train.yaml").iterdir() if path.is_dir())
+    groups = [
+        f"  {folder.name:<12} {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}"
+        for folder in folders
+    ]
+    return "\n".join(
+        [
+            "Settings are written group=option and key=value, for example:",
+            "  dtune train experiment=quickstart",
+            "  dtune train model.path=/models/llama data=messages data.path=my.jsonl parallel=fsdp",
+            "  dtune train -m peft=lora,full optim.lr=1e-3,3e-3",
+            "",
+            "Groups and their options:",
+            *groups,
+            "",
+            "Keys with their values: dtune config [settings]; with their meaning: docs/config.md.",
+            "Hydra's own flags (--cfg, --info, --config-dir, ...): --hydra-help.",
+            "",
+        ]
+    )
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Refuse ``--key value``: settings are written ``key=value``, flags are Hydra's own."""
+    for argument in argv:
+        flag = argument.split("=", 1)[0]
+        if not flag.startswith("--") or flag in HYDRA_FLAGS:
+            continue
+        near = near_options(flag, HYDRA_FLAGS) or near_keys(flag[2:].replace("-", "_"))
+        raise ConfigError(
+            f"unknown option {flag}: settings are written key=value{did_you_mean(near)}"
+        )
+
+
+def _both_spellings(argv: Sequence[str]) -> Iterator[str]:
+    # Hydra takes experiment=x or +experiment=x, depending on the defaults list; users type either.
+    for argument in argv:
+        yield argument[1:] if argument.startswith("+experiment=") else argument
+
+
+@contextmanager
+def _arguments(argv: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _full_errors() -> Iterator[None]:
+    # With this variable Hydra raises its errors instead of printing them and exiting with 1.
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def explain(error: HydraException | OmegaConfBaseException) -> ConfigError:
+    """Say a Hydra or OmegaConf error in dtune's words, with the nearest right names."""
+    if isinstance(error, OmegaConfBaseException):
+        return explain_omegaconf(error)
+    text = str(error).strip()
+    if isinstance(error, MissingConfigException):
+        return _explain_option(text)
+    if isinstance(error, ConfigCompositionException):
+        wrong = re.search(r"Could not (?:override|append to config[^']*) '([^']+)'", text)
+        cause = error.__cause__
+        if wrong and isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            key = wrong.group(1)
+            return ConfigError(
+                f"unknown key {key}{did_you_mean(_near_groups(key) + near_keys(key))}"
+            )
+        if isinstance(cause, OmegaConfBaseException):
+            return explain_omegaconf(cause)
+    return ConfigError(text)
+
+
+def _explain_option(text: str) -> ConfigError:
+    """``Could not find 'peft/lorra'`` and its list of options, with the nearest ones."""
+    wrong = re.search(r"Could not (?:find|load) '([\w/-]+)/([^'/]+)'", text)
+    if wrong is None:
+        return ConfigError(text)
+    group, option = wrong.groups()
+    folder = find_data("conf", "train.yaml") / group
+    options = sorted(path.stem for path in Path(folder).glob("*.yaml"))
+    near = did_you_mean([f"{group}={name}" for name in near_options(option, options)])
+    return ConfigError(
+        f"{group}={option} does not exist{near}; {group} is one of {', '.join(options)}"
+    )
+
+
+def _near_groups(wrong: str) -> list[str]:
+    if "." in wrong:
+        return []
+    groups = [path.name for path in find_data("conf", "train.yaml").iterdir() if path.is_dir()]
+    return [f"{name}=..." for name in near_options(wrong, sorted(groups))]

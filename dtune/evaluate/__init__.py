@@ -1,0 +1,1 @@
+"""Loss and exact match on held-out rows."""

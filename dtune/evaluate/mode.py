@@ -1,0 +1,23 @@
+"""A model for a moment in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and without dropout; the mode of every module is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: what sharded engines gather here is used in training afterwards.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

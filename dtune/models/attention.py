@@ -1,0 +1,218 @@
+"""Attention that stays inside each document, by every implementation.
+
+A model is called with ``input_ids``, ``position_ids``, ``attention_mask`` and ``use_cache=False``,
+whatever its attention. For sdpa, eager and flex, transformers turns position ids that restart into
+block-diagonal masks. The variable-length kernels want the bounds of documents instead: a hook on
+the model computes them once per forward.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dtune.errors import ConfigError
+from dtune.models.schema import Attention
+from dtune.runtime.capabilities import is_installed
+
+VARLEN = "dtune_varlen"
+
+_NAMES = {
+    Attention.sdpa: "sdpa",
+    Attention.eager: "eager",
+    Attention.flex: "flex_attention",
+    Attention.flash_attention_2: "flash_attention_2",
+    Attention.varlen: VARLEN,
+}
+
+
+def _flash_problem(device: torch.device) -> str:
+    if not is_installed("flash_attn"):
+        return "the package flash-attn is not installed"
+    return "" if device.type == "cuda" else "it needs an NVIDIA GPU"
+
+
+def _varlen_problem(device: torch.device) -> str:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "it needs torch 2.10 or newer"
+    if device.type != "cuda":
+        return "it needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return ""
+
+
+def _flex_problem(device: torch.device) -> str:
+    return "" if device.type == "cuda" else "its backward pass needs a GPU"
+
+
+_PROBLEMS: Mapping[Attention, Callable[[torch.device], str]] = {
+    Attention.flash_attention_2: _flash_problem,
+    Attention.varlen: _varlen_problem,
+    Attention.flex: _flex_problem,
+}
+
+
+def resolve_attention(
+    wanted: Attention,
+    device: torch.device,
+    *,
+    softcap: bool = False,
+    half: bool = True,
+) -> str:
+    """Return the transformers name of the implementation to use.
+
+    Args:
+        wanted: What the config asks for.
+        device: Where the model will compute.
+        softcap: Whether the model bounds its attention scores (Gemma 2), which the kernels of
+            torch cannot.
+        half: Whether it computes in bf16 or fp16; the variable-length kernels take nothing else.
+
+    Raises:
+        ConfigError: An implementation is asked for by name that cannot run here.
+    """
+    if wanted is Attention.auto:
+        return _NAMES[_best(device, softcap=softcap, half=half)]
+    problem = _PROBLEMS[wanted](device) if wanted in _PROBLEMS else ""
+    if not half and wanted in (Attention.varlen, Attention.flash_attention_2):
+        problem = problem or "it computes in bf16 or fp16 only (precision=bf16)"
+    if softcap and wanted in (Attention.sdpa, Attention.varlen):
+        problem = problem or "it cannot bound attention scores as this model does (softcap)"
+    if problem:
+        raise ConfigError(
+            f"model.attention={wanted.value} cannot run here: {problem}; set model.attention=auto"
+        )
+    return _NAMES[wanted]
+
+
+def _best(device: torch.device, *, softcap: bool, half: bool) -> Attention:
+    if half and not _flash_problem(device):
+        return Attention.flash_attention_2
+    if softcap:
+        return Attention.flex if not _flex_problem(device) else Attention.eager
+    if half and not _varlen_problem(device):
+        return Attention.varlen
+    return Attention.sdpa
+
+
+def document_bounds(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return where documents start in the flattened batch, and its length: int32 [documents + 1].
+
+    A document starts with every row, wherever positions do not go on by one, and where padding
+    begins or ends. Waits for the device once, because the number of documents is a shape.
+    """
+    starts_BS = torch.ones_like(position_ids, dtype=torch.bool)
+    starts_BS[:, 1:] = position_ids.diff(dim=1) != 1
+    if attention_mask is not None:
+        starts_BS[:, 1:] |= attention_mask.diff(dim=1) != 0
+    starts = starts_BS.flatten().nonzero().flatten()
+    return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
+
+
+def _wants_bounds(kwargs: Mapping[str, Any]) -> bool:
+    no_cache = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
+    return no_cache and kwargs.get("position_ids") is not None
+
+
+def _pass_bounds_as_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put the bounds where the mask travels: transformers hands 4-D masks on untouched."""
+    if not _wants_bounds(kwargs):
+        return args, kwargs
+    bounds = document_bounds(kwargs["position_ids"], kwargs.get("attention_mask"))
+    return args, {**kwargs, "attention_mask": bounds[None, None, None]}
+
+
+def _pass_bounds_to_flash(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give flash-attn the bounds: by itself it finds documents in a batch of one row only."""
+    if not _wants_bounds(kwargs):
+        return args, kwargs
+    position_ids = kwargs["position_ids"]
+    bounds = document_bounds(position_ids, kwargs.get("attention_mask"))
+    longest = position_ids.shape[1]
+    return args, {
+        **kwargs,
+        "attention_mask": None,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def install_bounds(model: nn.Module, implementation: str) -> None:
+    """Make a model compute the bounds of documents where its attention wants them."""
+    hooks = {VARLEN: _pass_bounds_as_mask, "flash_attention_2": _pass_bounds_to_flash}
+    if implementation in hooks:
+        model.register_forward_pre_hook(hooks[implementation], with_kwargs=True)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within documents by torch's variable-length kernel; with a cache, as sdpa does.
+
+    query [B, H, S, D], key and value [B, H_kv, S, D] in bf16 or fp16, ``attention_mask`` the bounds
+    [1, 1, 1, documents + 1] that the model's hook made. Returns [B, S, H, D].
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert dropout == 0.0, "variable-length attention has no dropout"
+    batch, heads, length, dim = query.shape
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, dim) for x in (query, key, value))
+    bounds = attention_mask.flatten()
+    out = _varlen_kernel(q, k, v, bounds, longest=length, scale=scaling, window=window)
+    return out.view(batch, length, heads, dim), None
+
+
+def _varlen_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    *,
+    longest: int,
+    scale: float | None,
+    window: tuple[int, int],
+) -> torch.Tensor:
+    """Causal attention over flattened documents: query [T, H, D], key and value [T, H_kv, D]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        # Repeated, not enable_gqa: that option came with torch 2.12.
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    out = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)

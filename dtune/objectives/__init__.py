@@ -1,0 +1,1 @@
+"""What a row becomes and what the loss is: one file an objective."""

@@ -1,0 +1,33 @@
+"""The loss that next-token objectives share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dtune.types import IGNORE_INDEX, Batch, LossParts
+
+
+def causal_loss(model: nn.Module, batch: Batch) -> LossParts:
+    """Sum, in fp32, of the cross entropies of all targets of a batch.
+
+    A label is predicted by the position before it. The first token of a document has none, so
+    that nothing is predicted across documents. Without targets the sum is 0 and its backward
+    still reaches every parameter, with gradients of 0: ranks stay in step.
+    """
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    logits_NV = output.logits.flatten(0, 1)  # N = B * S
+    labels_N = batch.labels.flatten()
+    # A stable sort puts the targets first. Their number is known on the host, so that, other than
+    # a boolean mask, it makes the host wait for nothing.
+    order_N = torch.argsort((labels_N == IGNORE_INDEX).to(torch.uint8), stable=True)
+    targets_T = order_N[: batch.num_targets]
+    predicted_TV = logits_NV.index_select(0, targets_T - 1)
+    total = F.cross_entropy(predicted_TV.float(), labels_N[targets_T], reduction="sum")
+    return LossParts(total=total)

@@ -1,0 +1,43 @@
+"""Configs of the optimizers, one module each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dtune.errors import ConfigError
+from dtune.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+@dataclass
+class OptimConfig:
+    """Update rule of the trained parameters. Norms and biases get no weight decay."""
+
+    name: str = "???"
+    # Peak learning rate, after warm-up.
+    lr: float = 1e-4
+    # Decoupled weight decay of matrices.
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"optim.lr={self.lr} must be above 0")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optim.weight_decay={self.weight_decay} must be 0 or more")
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer state of one trained parameter, in bytes."""
+        raise NotImplementedError(type(self))
+
+    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        """Import and construct the optimizer over the named trainable parameters."""
+        raise NotImplementedError(type(self))
+
+
+OPTIM: Registry[OptimConfig] = Registry("optim", OptimConfig, __name__)

@@ -1,0 +1,70 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dtune.errors import ConfigError
+from dtune.optim.schema import OPTIM, OptimConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+@dataclass
+class AdamConfig(OptimConfig):
+    """Adam with decoupled weight decay, Loshchilov & Hutter 2017, arXiv:1711.05101."""
+
+    # Decay of the first moment.
+    beta1: float = 0.9
+    # Decay of the second moment.
+    beta2: float = 0.999
+    # Added to the denominator.
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, value in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"optim.{key}={value} must be in [0, 1)")
+
+
+@OPTIM.register
+@dataclass
+class AdamwConfig(AdamConfig):
+    """AdamW of torch, fused where the device has it."""
+
+    name: str = "adamw"
+
+    @property
+    def state_bytes(self) -> int:
+        """Two fp32 moments."""
+        return 8
+
+    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        """Import and construct the optimizer over the named trainable parameters."""
+        from dtune.optim.optimizers import build_adamw
+
+        return build_adamw(self, named)
+
+
+@OPTIM.register
+@dataclass
+class Adamw8bitConfig(AdamConfig):
+    """AdamW with 8-bit block-wise state, Dettmers et al. 2021, arXiv:2110.02861 (bitsandbytes)."""
+
+    name: str = "adamw8bit"
+
+    @property
+    def state_bytes(self) -> int:
+        """Two moments of 8 bits; their block scales are below 2 %."""
+        return 2
+
+    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        """Import and construct the optimizer over the named trainable parameters."""
+        from dtune.optim.optimizers import build_adamw8bit
+
+        return build_adamw8bit(self, named)

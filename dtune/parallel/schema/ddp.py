@@ -1,0 +1,34 @@
+"""Replicas with averaged gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dtune.errors import ConfigError
+from dtune.parallel.schema import PARALLEL, ParallelConfig
+
+if TYPE_CHECKING:
+    from dtune.runtime.schema import Precision
+    from dtune.runtime.world import World
+    from dtune.types import Engine
+
+
+@PARALLEL.register
+@dataclass
+class DdpConfig(ParallelConfig):
+    """Each rank holds the whole model; gradients are reduced in buckets."""
+
+    name: str = "ddp"
+    # Size of a gradient bucket in MiB.
+    bucket_mib: int = 25
+
+    def __post_init__(self) -> None:
+        if self.bucket_mib < 1:
+            raise ConfigError(f"parallel.bucket_mib={self.bucket_mib} must be at least 1")
+
+    def build(self, world: World, precision: Precision) -> Engine:
+        """Import and construct the engine."""
+        from dtune.parallel.ddp import DdpEngine
+
+        return DdpEngine(self, world, precision)

@@ -1,0 +1,25 @@
+"""Full fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dtune.peft.schema import PEFT, PeftConfig
+
+if TYPE_CHECKING:
+    from dtune.types import PeftMethod
+
+
+@PEFT.register
+@dataclass
+class FullConfig(PeftConfig):
+    """Every parameter is trained."""
+
+    name: str = "full"
+
+    def build(self) -> PeftMethod:
+        """Import and construct the method."""
+        from dtune.peft.full import Full
+
+        return Full(self)

@@ -1,0 +1,1 @@
+"""Ranks, seeds, logs, status and capabilities of the machine."""

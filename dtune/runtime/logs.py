@@ -1,0 +1,32 @@
+"""Logging: every rank to its own file, the first rank to the terminal as well."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+log = logging.getLogger("dtune")
+
+
+class RankFile(logging.FileHandler):
+    """The log file of a rank."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing of a record that the disk does not take: a full disk fails what matters."""
+
+
+def start_logging(rank: int, folder: Path | None) -> None:
+    """Send dtune's records to the terminal (first rank) and to ``folder/rank-<n>.log``."""
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if rank == 0:
+        terminal = logging.StreamHandler(sys.stderr)
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(terminal)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = RankFile(folder / f"rank-{rank}.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)

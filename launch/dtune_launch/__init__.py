@@ -1,0 +1,1 @@
+"""Launchers: from a JobSpec to processes. Imports the standard library only."""

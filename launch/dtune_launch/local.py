@@ -1,0 +1,128 @@
+"""Runs a job on this machine and waits for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from dtune_launch.gpus import count_cores
+from dtune_launch.spec import JobSpec
+from dtune_launch.torchrun import job_environment, torchrun_command, worker_command
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def job_command(spec: JobSpec) -> list[str]:
+    """Command of the job: the module itself for one process, torchrun for more."""
+    alone = spec.nproc == 1 and spec.max_restarts == 0
+    return worker_command(spec) if alone else torchrun_command(spec)
+
+
+def describe_job(spec: JobSpec) -> str:
+    """The job as a shell would take it, for ``launch.dry_run``."""
+    added = job_environment(spec, os.environ, count_cores())
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in added.items())
+    return f"{variables} {shlex.join(job_command(spec))}"
+
+
+def run_job(spec: JobSpec) -> int:
+    """Run the job on this terminal to its end; its exit code as `exit_code` says it."""
+    running: list[subprocess.Popen[bytes]] = []
+    with forwarding_signals(running):
+        running.append(start_job(spec))
+        return exit_code(running[0].wait())
+
+
+def start_job(spec: JobSpec, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start the job; ``output`` takes what its first rank would write to the terminal."""
+    return subprocess.Popen(
+        job_command(spec),
+        env={**os.environ, **job_environment(spec, os.environ, count_cores())},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        # Ctrl-C reaches only this process, which asks the ranks once instead of killing them.
+        start_new_session=True,
+        preexec_fn=_ignore_usr1,
+    )
+
+
+def exit_code(returncode: int) -> int:
+    """Exit code of an ended process as a shell says it: 128 + n where signal n ended it.
+
+    It only says that something went wrong; ``RUN/status.json`` says what.
+    """
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _ignore_usr1() -> None:
+    # The agent would die of it. Ignoring survives exec; ranks install their own handler.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+@contextmanager
+def forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass signals on to the jobs that run at the time; only in the main thread.
+
+    A first SIGINT, and SIGTERM and SIGUSR1, ask the ranks to save and stop; a second SIGINT kills
+    them. Yields the list of what has come, which grows.
+    """
+    received: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            if process.returncode is not None:
+                continue
+            if received.count(signal.SIGINT) > 1:
+                kill_tree(process.pid)
+            elif number == signal.SIGUSR1:
+                # The agent ignores it, so its ranks are told one by one.
+                for pid in (process.pid, *_children(process.pid)):
+                    _send(pid, signal.SIGUSR1)
+            else:
+                _send(process.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and everything it started, which torchrun puts into other sessions."""
+    family = [pid]
+    for member in family:
+        family.extend(_children(member))
+    for member in family:
+        _send(member, signal.SIGKILL)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # It has just ended.
+
+
+def _children(pid: int) -> list[int]:
+    """Processes whose parent is ``pid``."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "pid (name) state ppid ...", where the name may hold spaces and parentheses.
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # It has just ended.
+        if int(parent) == pid:
+            found.append(int(stat.parent.name))
+    return found

@@ -1,0 +1,137 @@
+"""Small random models as the framework sees them, for tests of what is put into a model."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from dtune.types import ModelSpec, PeftMethod, Role, TensorSource
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def save_base(folder: Path, family: str, *, tied: bool = False, dtype: str = "float32") -> Path:
+    """Write a random model of the family in Hugging Face's layout, with loud weights."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "tie_word_embeddings": tied, "initializer_range": 0.2}
+    model: PreTrainedModel
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def load_base(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).float().eval()
+
+
+def build_on_meta(folder: Path) -> tuple[PreTrainedModel, ModelSpec]:
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).float()
+    model.tie_weights()
+    block = type(model.model.layers[0])
+    spec = ModelSpec(
+        family=config.model_type,
+        path=str(folder),
+        config=config,
+        block_types=(block,),
+        linears={name: _role(name) for name, m in model.named_modules() if type(m) is nn.Linear},
+        tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
+    )
+    return model, spec
+
+
+def _role(path: str) -> Role:
+    leaf = path.rpartition(".")[2]
+    if leaf == "lm_head":
+        return Role.head
+    return Role.attention if leaf in ATTENTION else Role.mlp
+
+
+def materialize(model: PreTrainedModel, method: PeftMethod, base: Path, *, seed: int = 0) -> None:
+    """Give an injected meta model the base's weights and the method's initial values."""
+    stored = load_base(base).state_dict()
+    initial = method.source(model, seed)
+    values = {
+        name: read_whole(initial, name) if name in initial else stored[method.stored_name(name)]
+        for name, _ in model.named_parameters()
+    }
+    fill(model, values, base)
+
+
+def fill(model: PreTrainedModel, values: dict[str, torch.Tensor], base: Path) -> None:
+    """Put a model that is on the meta device on the CPU, with these parameters."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    names = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}
+    model.to_empty(device="cpu")
+    for name, buffer in load_base(base).named_buffers():
+        model.get_buffer(name).copy_(buffer)
+    for name, shared in names.items():
+        if name != shared:  # to_empty unties
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, model.get_parameter(shared))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    model.eval()
+
+
+def read_whole(source: TensorSource, name: str) -> torch.Tensor:
+    shape = source.shape(name)
+    return source.read(name, 0, torch.Size(shape).numel()).reshape(shape)
+
+
+def trained_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What ``Engine.full_tensors`` gives on the first rank."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach().clone()
+
+
+def token_ids() -> torch.Tensor:
+    return torch.randint(
+        0, SIZES["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(1)
+    )
+
+
+@contextmanager
+def limited_file_size(num_bytes: int) -> Iterator[None]:
+    """A disk on which no file may grow beyond a size, as a full one: writing raises OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)

@@ -1,0 +1,60 @@
+"""Which combinations hold is data, and the data are right."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from dtune.config.compose import compose_overrides
+from dtune.config.freeze import load_frozen
+from dtune.config.run import RunConfig
+from dtune.config.support import ILLEGAL, Illegal, check_run, choices, find_illegal, forbids, matrix
+from dtune.errors import ConfigError
+from dtune.parallel.schema import PARALLEL
+
+
+def run_of(chosen: dict[str, str]) -> RunConfig:
+    extra = ["data.format=text"] if chosen.get("objective") == "pretrain" else []
+    overrides = [f"{group}={option}" for group, option in chosen.items()]
+    return load_frozen(compose_overrides("train", [*overrides, *extra]))
+
+
+def cells_of(rule: Illegal) -> list[dict[str, str]]:
+    groups = list(rule.options)
+    return [
+        dict(zip(groups, options, strict=True))
+        for options in itertools.product(*(sorted(rule.options[group]) for group in groups))
+    ]
+
+
+@pytest.mark.parametrize("rule", ILLEGAL, ids=lambda rule: rule.instead)
+def test_every_illegal_cell_is_refused_with_the_nearest_legal_one(rule: Illegal) -> None:
+    for cell in cells_of(rule):
+        with pytest.raises(ConfigError) as error:
+            check_run(run_of(cell), 1 if cell.get("parallel") == "single" else 2)
+        assert rule.instead in str(error.value)
+        assert all(f"{group}={option}" in str(error.value) for group, option in cell.items())
+
+
+@pytest.mark.parametrize("rule", ILLEGAL, ids=lambda rule: rule.instead)
+def test_what_a_rule_proposes_is_legal(rule: Illegal) -> None:
+    for cell in cells_of(rule):
+        for proposal in rule.instead.split(", or "):
+            group, _, option = proposal.partition("=")
+            chosen = {**cell, group: option}
+            check_run(run_of(chosen), 1 if chosen.get("parallel") == "single" else 2)
+
+
+def test_rules_name_groups_and_options_that_exist() -> None:
+    known = {**matrix(), "parallel": PARALLEL.names()}
+    for rule in ILLEGAL:
+        for group, options in rule.options.items():
+            assert options <= set(known[group])
+
+
+def test_a_rule_forbids_only_its_own_cells() -> None:
+    rule = Illegal({"peft": frozenset({"full"}), "quant": frozenset({"nf4"})}, "why", "peft=lora")
+    assert forbids(rule, {"peft": "full", "quant": "nf4"})
+    assert not forbids(rule, {"peft": "lora", "quant": "nf4"})
+    assert find_illegal(choices(run_of({"optim": "adamw", "parallel": "fsdp"}))) is None

@@ -1,0 +1,122 @@
+"""Processes of one world, started once for many cases.
+
+A case is a function of a module that takes ``World`` first; every rank calls it with the same
+keyword arguments, and ``Pool.run`` returns what each rank returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing as mp
+import os
+import socket
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from dtune.runtime.world import World
+
+
+class RankError(AssertionError):
+    """A rank failed: its traceback."""
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    world = World.start()
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        module, name, kwargs = request
+        try:
+            function = getattr(importlib.import_module(module), name)  # a case is named by a string
+            pipe.send((True, function(world, **kwargs)))
+        except BaseException:  # noqa: BLE001 - the test process shows whatever a rank raised
+            with contextlib.suppress(BrokenPipeError):  # another rank's failure closed it
+                pipe.send((False, traceback.format_exc()))
+            return
+
+
+class Pool:
+    """``size`` ranks that run cases one after the other. After a failure it starts anew."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[mp.process.BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        port = _free_port()
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.size, port, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def run(self, case: str, *, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
+        """Run ``module:function`` on every rank; RankError with the traceback of what failed."""
+        if not self._processes:
+            self._start()
+        module, name = case.split(":")
+        for pipe in self._pipes:
+            pipe.send((module, name, kwargs))
+        results = self._collect(case, timeout)
+        failed = {rank: value for rank, (ok, value) in results.items() if not ok}
+        if failed:
+            self.close()
+            shown = "\n".join(f"rank {rank} of {case}:\n{text}" for rank, text in failed.items())
+            raise RankError(shown)
+        return [results[rank][1] for rank in range(self.size)]
+
+    def _collect(self, case: str, timeout: float) -> dict[int, tuple[bool, Any]]:
+        """Answers by rank. Stops at the first failure: the others may wait for it in vain."""
+        results: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < self.size and all(ok for ok, _ in results.values()):
+            waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in results}
+            ready = wait(list(waiting), timeout=deadline - time.monotonic())
+            if not ready:
+                self.close()
+                raise RankError(f"{case}: ranks {sorted(waiting.values())} gave no answer")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                try:
+                    results[waiting[pipe]] = pipe.recv()
+                except EOFError:
+                    results[waiting[pipe]] = (False, "the process died")
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
