@@ -1,11 +1,13 @@
-"""Fixtures of the tests that run on several processes."""
+"""Fixtures of the tests that need a world: of this process, or of several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
+from dtune.runtime.world import World
 from tests.distributed.pool import Pool
 
 
@@ -23,3 +25,20 @@ def two_ranks() -> Iterator[Pool]:
     pool = Pool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """A world of this process alone, for the tests of one file."""
+    world = World.start()
+    yield world
+    world.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_world_is_left() -> Iterator[None]:
+    """A world that a file leaves running would fail whichever file comes next."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("a test of this file started a world and did not stop it")

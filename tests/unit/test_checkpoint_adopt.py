@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,6 @@ from dtune.checkpoint.reader import CheckpointInfo, find_checkpoint
 from dtune.errors import ConfigError
 from dtune.runtime.world import World
 from tests.unit.checkpoint_runs import names_in, write_run
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.start()
-    yield world
-    world.stop()
 
 
 def found_in(run_dir: Path, resume: str, world: World) -> CheckpointInfo:

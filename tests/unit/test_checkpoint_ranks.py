@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from tests.unit import checkpoint_ranks
 from tests.unit.checkpoint_runs import IDENTITY, HoldingEngine, write_run
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.start()
-    yield world
-    world.stop()
 
 
 def start_rank(rank: int, port: int, folder: Path) -> subprocess.Popen[str]:

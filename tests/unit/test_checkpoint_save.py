@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +34,6 @@ from tests.unit.checkpoint_runs import (
 
 # Larger than every other file of the checkpoint, so that a limit hits this one.
 LARGE = {"param/large": (40_000,)}
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.start()
-    yield world
-    world.stop()
 
 
 def read_name(folder: Path, name: str) -> str:

@@ -79,10 +79,10 @@ def test_a_missing_stored_buffer_is_named(tmp_path: Path) -> None:
     opened(tmp_path, Init.random)
 
 
-def test_full_fine_tuning_exports_the_stored_buffers(tmp_path: Path) -> None:
+def test_full_fine_tuning_exports_the_stored_buffers(tmp_path: Path, world: World) -> None:
     names = save_gemma4(tmp_path / "base")
     config = ModelConfig(path=str(tmp_path / "base"), attention=Attention.eager)
-    engine = SingleConfig().build(World.start(), Precision.fp32)
+    engine = SingleConfig().build(world, Precision.fp32)
     model, spec = build_model(config, dtype=torch.float32, device=CPU)
     source = open_weights(config, model, spec, seed=0)
     method = FullConfig().build()
