@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from dtune.runtime.world import World
 from tests.distributed.pool import Pool
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: kernels are interpreted in these processes.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,16 @@ class Ended:
     said: str
 
 
+def is_training(run_dir: Path) -> bool:
+    path = run_dir / "metrics.jsonl"
+    return path.is_file() and path.read_bytes().count(b"\n") >= SIGNAL_AFTER
+
+
+def is_worth_it(run_dir: Path, case: Case) -> bool:
+    """A killed run goes on from its last checkpoint, which is written beside the steps."""
+    return case.number != signal.SIGKILL or (run_dir / CHECKPOINTS / "LATEST").is_file()
+
+
 def signal_when_training(folder: Path, processes: dict[str, subprocess.Popen[str]]) -> None:
     """Send each process its signal as soon as it has done some steps."""
     deadline = time.monotonic() + 240
@@ -60,8 +70,7 @@ def signal_when_training(folder: Path, processes: dict[str, subprocess.Popen[str
         assert time.monotonic() < deadline, f"no steps of {list(waiting)}"
         time.sleep(0.01)
         for name, process in list(waiting.items()):
-            path = folder / name / "metrics.jsonl"
-            if path.is_file() and path.read_bytes().count(b"\n") >= SIGNAL_AFTER:
+            if is_training(folder / name) and is_worth_it(folder / name, CASES[name]):
                 process.send_signal(CASES[name].number)
                 del waiting[name]
             elif process.poll() is not None:
