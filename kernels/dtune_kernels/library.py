@@ -116,9 +116,13 @@ def _lazy(path: str) -> Callable[..., Any]:
     return launch
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Call a differentiable function (``Function.apply`` has no types)."""
-    return function.apply(*args)
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:  # noqa: ANN401 - any op's
+    """Call a differentiable function without autocast, since its operands have their dtypes."""
+    device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+    if not torch.is_autocast_enabled(device):
+        return function.apply(*args)
+    with torch.autocast(device, enabled=False):
+        return function.apply(*args)
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:
