@@ -116,7 +116,7 @@ def _lazy(path: str) -> Callable[..., Any]:
     return launch
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:  # noqa: ANN401 - any op's
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call a differentiable function without autocast, since its operands have their dtypes."""
     device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
     if not torch.is_autocast_enabled(device):
