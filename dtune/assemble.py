@@ -28,7 +28,7 @@ from dtune.types import Engine
 def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     """Build everything of a run, in this order; the user's mistakes come before the weights."""
     tokenizer = load_tokenizer(run.model)
-    built = build_trained_model(run, load=True)
+    built = build_trained_model(run, load=True, device=world.device)
     data = build_data(run, tokenizer, world, world_size=world.size)
     check_steps(run.schedule, data.total_steps)
     held_out = build_held_out(run, tokenizer, data.objective, world)
@@ -82,7 +82,7 @@ def assemble_evaluation(
 ) -> tuple[Engine, HeldOut]:
     """Build what evaluates exported weights; None: the base, which every method starts at."""
     tokenizer = load_tokenizer(run.model)
-    built = build_trained_model(run, load=True)
+    built = build_trained_model(run, load=True, device=world.device)
     held_out = build_held_out(run, tokenizer, run.objective.build(tokenizer), world)
     assert held_out is not None, "data.eval_path was checked"
     added = built.method.source(built.model, run.seed)

@@ -17,7 +17,8 @@ from dtune.models.load import build_model, open_weights
 from dtune.models.sources import ChainedSource, RenamedSource
 from dtune.objectives.fingerprint import objective_fingerprint
 from dtune.optim.schedules import build_schedule
-from dtune.patch.apply import PatchRow, apply_patches
+from dtune.patch.apply import apply_patches, choose_patches
+from dtune.patch.base import PatchRow
 from dtune.runtime.logs import log
 from dtune.runtime.schema import Precision
 from dtune.runtime.world import World
@@ -44,22 +45,28 @@ class BuiltModel:
     patches: list[PatchRow]
 
 
-def build_trained_model(run: RunConfig, *, load: bool) -> BuiltModel:
+def build_trained_model(
+    run: RunConfig, *, load: bool, device: torch.device | None = None
+) -> BuiltModel:
     """Model -> method -> patches, on the meta device: no weight is read.
 
-    With ``load`` the files of the weights are found and checked.
+    With ``load`` the files of the weights are found and checked. ``device`` is where it will
+    compute; without one the patches are those of a device that can run them all.
     """
+    kernels = choose_patches(run.kernels, device)
     model, spec = build_model(run.model, dtype=STORAGE[run.precision.name])
     weights = open_weights(run.model, model, spec, seed=run.seed) if load else None
     method = run.peft.build()
     report = method.inject(model, spec)
-    patches = apply_patches(model, run.kernels, spec)
+    patches = apply_patches(model, kernels, spec)
     log.info(
         "%s: %s of %s parameters trained",
         report.method,
         f"{report.trainable:,}",
         f"{report.total:,}",
     )
+    for row in patches:
+        log.info("kernels: %s", row)
     return BuiltModel(model, spec, method, weights, report, patches)
 
 

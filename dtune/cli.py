@@ -1,4 +1,4 @@
-"""The command line: ``dtune train | eval | config | plan | doctor``.
+"""The command line: ``dtune train | eval | config | plan | doctor | kernels``.
 
 Exit codes: 0 done, 1 a failure, 2 the config, the data or the disk is wrong (trying again does
 not help), 75 stopped by a signal with everything saved. Nothing here imports torch before the
@@ -20,6 +20,7 @@ USAGE = """dtune fine-tunes Hugging Face language models. Settings are group=opt
   dtune plan [settings]              what a run would do, without loading weights
   dtune config [settings]            the composed config of a run
   dtune doctor                       versions, devices, and what is missing for what
+  dtune kernels check                every kernel on this GPU, compared and timed
 
 Start here:  dtune train experiment=quickstart
 Help:        dtune train --help    all groups and options

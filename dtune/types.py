@@ -215,6 +215,35 @@ OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], "Optimizer"]
 ScheduleFactory = Callable[["Optimizer"], "LRScheduler"]
 
 
+class ReadsParameters:
+    """A module whose forward reads parameters of modules other than its children.
+
+    An engine that gathers parameters around the forward of the module that owns them has to gather
+    these around this module's.
+    """
+
+    def foreign_parameters(self) -> Iterator[nn.Parameter]:
+        """Those parameters."""
+        raise NotImplementedError
+
+
+LOSS_LABELS = "loss_labels"
+"""Argument of a model that ``FusesLoss``: int64 [B, S], the target after each position."""
+NUM_TARGETS = "num_targets"
+"""Argument beside it: how many of them are not IGNORE_INDEX, an int."""
+
+
+class FusesLoss:
+    """A causal model that, asked with ``LOSS_LABELS``, returns the sum of losses, and no logits."""
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside of what an engine wraps around it."""
+    while isinstance(inner := model._modules.get("module"), nn.Module):
+        model = inner
+    return model
+
+
 class Engine(Protocol):
     """How a model is spread over ranks, and everything that depends on it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-COMMANDS = ("train", "eval", "config", "plan", "doctor")
+COMMANDS = ("train", "eval", "config", "plan", "doctor", "kernels")
 
 
 def load_command(name: str) -> Callable[[list[str]], int]:

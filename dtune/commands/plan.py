@@ -54,12 +54,12 @@ def _model_rows(run: RunConfig) -> Rows:
     built = build_trained_model(planned, load=False)
     report, spec = built.report, built.spec
     share = report.trainable / report.total
-    patches = [f"{row.patch}: {row.count} x {row.before} -> {row.after}" for row in built.patches]
     return [
         ("model", f"{run.model.path} ({spec.family}), {spec.num_parameters:,} parameters"),
         ("trained", f"{report.trainable:,} of {report.total:,} ({share:.3%})"),
         *[("replaced", f"{count} x {name}") for name, count in report.replaced.items()],
-        ("patches", "; ".join(patches) or f"none (kernels={run.kernels.name})"),
+        ("kernels", run.kernels.name.value + ("" if built.patches else ": no patches")),
+        *[("patch", str(row)) for row in built.patches],
     ]
 
 

@@ -9,6 +9,7 @@ from dtune.config.run import POLYMORPHIC, RunConfig
 from dtune.data.schema import Format
 from dtune.errors import ConfigError
 from dtune.parallel.schema import PARALLEL
+from dtune.patch.schema import Backend
 from dtune.runtime.capabilities import require
 from dtune.runtime.schema import Precision, Recompute
 
@@ -49,6 +50,7 @@ def choices(run: RunConfig) -> dict[str, str]:
     return {
         "peft": run.peft.name,
         "quant": run.quant.name,
+        "kernels": run.kernels.name.value,
         "parallel": run.parallel.name,
         "precision": run.precision.name.value,
         "objective": run.objective.name,
@@ -86,6 +88,7 @@ def matrix() -> dict[str, tuple[str, ...]]:
     groups = ("peft", "quant", "objective", "optim")
     return {
         **{group: POLYMORPHIC[group].names() for group in groups},
+        "kernels": tuple(backend.value for backend in Backend),
         "precision": tuple(precision.value for precision in Precision),
         "train.recompute": tuple(recompute.value for recompute in Recompute),
         "train.compile": ("false", "true"),

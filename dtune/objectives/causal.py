@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtune.types import IGNORE_INDEX, Batch, LossParts
+from dtune.types import (
+    IGNORE_INDEX,
+    LOSS_LABELS,
+    NUM_TARGETS,
+    Batch,
+    FusesLoss,
+    LossParts,
+    innermost,
+)
 
 
 def causal_loss(model: nn.Module, batch: Batch) -> LossParts:
@@ -16,12 +24,18 @@ def causal_loss(model: nn.Module, batch: Batch) -> LossParts:
     that nothing is predicted across documents. Without targets the sum is 0 and its backward
     still reaches every parameter, with gradients of 0: ranks stay in step.
     """
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+    if isinstance(innermost(model), FusesLoss):
+        # No label is the first of a row's, so that the shift over the end of a row brings none.
+        targets_BS = batch.labels.flatten().roll(-1).view_as(batch.labels)
+        asked = {LOSS_LABELS: targets_BS, NUM_TARGETS: batch.num_targets}
+        return LossParts(total=model(**inputs, **asked).loss)
+    output = model(**inputs)
     logits_NV = output.logits.flatten(0, 1)  # N = B * S
     labels_N = batch.labels.flatten()
     # A stable sort puts the targets first. Their number is known on the host, so that, other than

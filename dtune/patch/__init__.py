@@ -1,1 +1,1 @@
-"""Puts kernels into a built model: one file a patch."""
+"""Puts kernels into a built model: one file a patch, in ``patches``."""

@@ -1,35 +1,76 @@
-"""Applies patches to a built model and says what was replaced."""
+"""Applies patches to a built model, says what was replaced, and takes it back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
 
+import torch
+from dtune_kernels.errors import KernelUnavailable
+from dtune_kernels.launch import require_triton, triton_problem
 from torch import nn
 
 from dtune.errors import ConfigError
-from dtune.patch.schema import KernelsConfig
+from dtune.patch.base import PATCHES, PatchRow, patch_names, restore_forward, rows_of
+from dtune.patch.fused import remove_fused
+from dtune.patch.schema import Backend, KernelsConfig
 from dtune.types import ModelSpec
 
 
-@dataclass(frozen=True)
-class PatchRow:
-    """One patch: which modules it replaced, by what, and how often."""
+def choose_patches(config: KernelsConfig, device: torch.device | None) -> tuple[str, ...]:
+    """Names of the patches that run on the device; None stands for one that runs them all.
 
-    patch: str
-    modules: str
-    before: str
-    after: str
-    count: int
-
-
-def apply_patches(model: nn.Module, config: KernelsConfig, spec: ModelSpec) -> list[PatchRow]:
-    """Replace modules in place as ``kernels.patches`` lists; a row for each patch.
-
-    Raises ConfigError for a patch that does not exist or matches nothing in this model.
+    Raises:
+        ConfigError: ``kernels=triton`` where it cannot run, with the reason; ``kernels=reference``
+            on a GPU, where the ops run Triton.
     """
-    if config.patches:
+    if config.name is Backend.torch:
+        return ()
+    if device is None:
+        return tuple(config.patches)
+    if config.name is Backend.triton:
+        try:
+            require_triton(device, key="kernels")
+        except KernelUnavailable as error:
+            raise ConfigError(str(error)) from error
+    if config.name is Backend.auto and triton_problem(device):
+        return ()
+    if config.name is Backend.reference and device.type != "cpu":
         raise ConfigError(
-            f"kernels.patches={config.patches}: there are no such patches for {spec.family}; "
-            "use kernels=torch"
+            f"kernels=reference is for checks on a CPU, this is {device.type}; set kernels=auto"
         )
-    return []
+    return tuple(config.patches)
+
+
+def apply_patches(model: nn.Module, names: tuple[str, ...], spec: ModelSpec) -> list[PatchRow]:
+    """Replace modules in place; a row for each kind of module that was replaced, or kept and why.
+
+    Raises:
+        ConfigError: A patch does not exist, or none of them finds anything in this model.
+    """
+    known = patch_names()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"kernels.patches: no patch {name!r}; {hint}There are {list(known)}")
+    rows: list[PatchRow] = []
+    enabled = frozenset(names)
+    for name in sorted(enabled, key=lambda name: (PATCHES[name].stage.value, name)):
+        found = PATCHES[name].plan(model, spec, enabled)
+        for change in found.changes:
+            change.apply()
+        rows.extend(rows_of(name, found))
+    if names and not any(row.reason == "" for row in rows):
+        raise ConfigError(
+            f"kernels.patches={list(names)} match no module of {spec.family} ({spec.path})"
+            + "".join(f"; {row}" for row in rows)
+            + "; set kernels=torch"
+        )
+    return rows
+
+
+def unpatch(model: nn.Module) -> int:
+    """Take back every patch; the number of modules that are as they were again."""
+    restored = sum(restore_forward(module) for module in list(model.modules()))
+    remove_fused(model)
+    return restored

@@ -27,8 +27,8 @@ def check_shape(op: str, argument: str, x: torch.Tensor, wanted: Sequence[int | 
     fits = x.dim() == len(wanted) and all(
         size is None or size == own for size, own in zip(wanted, x.shape, strict=True)
     )
-    shown = [("any" if size is None else int(size)) for size in wanted]
-    check(fits, op, f"shape of {argument}", got=list(x.shape), wanted=shown)
+    shown = ", ".join("any" if size is None else str(int(size)) for size in wanted)
+    check(fits, op, f"shape of {argument}", got=list(x.shape), wanted=f"[{shown}]")
 
 
 def check_device(op: str, **tensors: torch.Tensor | None) -> None:

@@ -28,12 +28,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if _recorders:
         _recorders[-1].append((kernel, grid, arguments, options))
         return
-    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    device = next(_tensors(arguments)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+
+
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    """Tensors among the arguments, also those in tuples."""
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _tensors(x)
 
 
 @contextmanager

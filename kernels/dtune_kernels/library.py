@@ -92,14 +92,39 @@ def define(
         plain: See ``Op``; the reference where a plain model runs just that.
     """
     name = schema.partition("(")[0]
-    launcher = _lazy(triton)
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CPU")
-    _LIBRARY.impl(name, launcher, "CUDA")
     torch.library.register_fake(f"dtune::{name}", fake, lib=_LIBRARY)
     call: OpOverload = getattr(torch.ops.dtune, name).default
+    _LIBRARY.impl(name, _versioned(reference, call), "CPU")
+    launcher = _versioned(_lazy(triton), call)
+    _LIBRARY.impl(name, launcher, "CUDA")
     CATALOG[name] = Op(name, call, reference, plain or reference, launcher, cost, arguments, source)
     return call
+
+
+def mutated(call: OpOverload) -> list[int]:
+    """Positions of the arguments that an op writes to."""
+    return [
+        position
+        for position, argument in enumerate(call._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _versioned(function: Callable[..., Any], call: OpOverload) -> Callable[..., Any]:
+    """Tell autograd of what an implementation writes, as PyTorch's own in-place ops do."""
+    positions = mutated(call)
+    if not positions:
+        return function
+
+    def run(*args: Any) -> Any:
+        result = function(*args)
+        for position in positions:
+            if args[position] is not None:
+                torch.autograd.graph.increment_version(args[position])
+        return result
+
+    return run
 
 
 def _lazy(path: str) -> Callable[..., Any]:
@@ -119,7 +144,7 @@ def _lazy(path: str) -> Callable[..., Any]:
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call a differentiable function without autocast, since its operands have their dtypes."""
     device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return function.apply(*args)
     with torch.autocast(device, enabled=False):
         return function.apply(*args)

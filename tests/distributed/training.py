@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from dtune.models.load import build_model, open_weights
 from dtune.models.schema import Attention, Init, ModelConfig
 from dtune.models.sources import ChainedSource, RenamedSource
+from dtune.objectives.causal import causal_loss
 from dtune.optim.schedules import build_schedule
 from dtune.optim.schema import OPTIM
 from dtune.optim.schema.schedule import ScheduleConfig, Shape
 from dtune.parallel.base import COMPUTE_DTYPES
 from dtune.parallel.schema import PARALLEL
+from dtune.patch.apply import apply_patches
+from dtune.patch.base import patch_names
 from dtune.peft.schema import PEFT
 from dtune.runtime.schema import Precision, Recompute
 from dtune.runtime.world import World
@@ -53,6 +54,8 @@ class Setup:
     recompute: str = "none"
     compile_blocks: bool = False
     random_weights: bool = False
+    kernels: bool = False
+    """Whether every patch is applied; the kernels compute by their references."""
     grad_scale_error: float = 1.0
     """Factor on the engine's grad_scale; anything but 1 must be noticed."""
 
@@ -99,22 +102,6 @@ def make_batch(step: int, micro: int, *, packed: bool, rows: int = 2) -> Batch:
     )
 
 
-def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Sum over targets."""
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-    ).logits
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        batch.labels[:, 1:].flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
-
-
 def build_engine(world: World, setup: Setup) -> Engine:
     """A prepared engine; ``single`` runs by itself on whichever rank builds it."""
     torch.manual_seed(0)
@@ -130,6 +117,8 @@ def build_engine(world: World, setup: Setup) -> Engine:
     weights = open_weights(config, model, spec, seed=1)
     method = PEFT.config(setup.peft)().build()
     method.inject(model, spec)
+    if setup.kernels:
+        apply_patches(model, patch_names(), spec)
     source = ChainedSource([method.source(model, 2), RenamedSource(weights, method.stored_name)])
     engine = PARALLEL.config(setup.engine)(**dict(setup.engine_options)).build(world, precision)
     schedule = ScheduleConfig(name=Shape.cosine, warmup_steps=2, min_factor=0.1)
@@ -165,7 +154,7 @@ def train(world: World, engine: Engine, setup: Setup, steps: range) -> list[tupl
         mine = batches[rank * each : (rank + 1) * each]
         for number, batch in enumerate(mine):
             with engine.micro(last=number == each - 1):
-                loss = loss_of(engine.model, batch.to(world.device)) / weight
+                loss = causal_loss(engine.model, batch.to(world.device)).total / weight
                 total += loss.detach()
                 engine.backward(loss * engine.grad_scale * setup.grad_scale_error)
         norm = engine.clip(setup.max_norm)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dtune_kernels.catalog import CATALOG, LLAMA_8B, SMALL, Op
 from dtune_kernels.launch import recorded
+from torch.utils._pytree import tree_leaves
 
 OPS = list(CATALOG.values())
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -39,7 +40,5 @@ def test_triton_returns_what_the_fake_says(op: Op) -> None:
 
 
 def _described(result: Any) -> list[tuple[Any, ...]]:
-    if result is None:
-        return []
-    results = [result] if isinstance(result, torch.Tensor) else list(result)
+    results = [x for x in tree_leaves(result) if x is not None]
     return [(x.dtype, tuple(x.shape), x.stride()) for x in results]

@@ -1,0 +1,270 @@
+"""Gated linear units whose inputs still lack their adapters, in Triton.
+
+Size legend: T tokens, F features, R rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from dtune_kernels.launch import dot_precision, launch
+from dtune_kernels.lora.tiles import Tiles, first_adapters, glu_tiles
+from dtune_kernels.lora.triton_common import LowRank, layout, with_adapters
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr) -> Any:
+    """act(x) and its derivative, fp32; see the reference."""
+    if ACTIVATION == "silu":
+        gate = tl.sigmoid(x)
+        slope = gate * (1.0 + x * (1.0 - gate))
+    elif ACTIVATION == "gelu":
+        # 1 / sqrt(2) and 1 / sqrt(2 pi)
+        gate = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        slope = gate + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        # 1 + tanh(z) = 2 sigmoid(2 z), and 2 sqrt(2 / pi)
+        gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        inner = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
+        slope = gate + x * gate * (1.0 - gate) * inner
+    return x * gate, slope
+
+
+@triton.jit
+def _glu(
+    gate_ptr,
+    up_ptr,
+    h_ptr,
+    low,
+    num_rows,
+    features,
+    stride_gate,
+    stride_up,
+    ACTIVATION: tl.constexpr,
+    GATES: tl.constexpr,
+    COUNT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * COLUMNS
+    gate = with_adapters(
+        gate_ptr,
+        stride_gate,
+        low,
+        rows,
+        first,
+        num_rows,
+        features,
+        0,
+        GATES,
+        LAYOUT,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+    )
+    up = with_adapters(
+        up_ptr,
+        stride_up,
+        low,
+        rows,
+        first,
+        num_rows,
+        features,
+        GATES,
+        COUNT,
+        LAYOUT,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+    )
+    act, _ = activated(gate, ACTIVATION)
+    columns = first + tl.arange(0, COLUMNS)
+    mask = (rows < num_rows)[:, None] & (columns < features)[None, :]
+    there = h_ptr + rows[:, None] * features + columns[None, :]
+    tl.store(there, (act * up).to(h_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _glu_backward(
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    h_ptr,
+    low,
+    after,
+    num_rows,
+    features,
+    stride_dh,
+    stride_gate,
+    stride_up,
+    ACTIVATION: tl.constexpr,
+    GATES: tl.constexpr,
+    COUNT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    AFTER_COUNT: tl.constexpr,
+    AFTER_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * COLUMNS
+    gate = with_adapters(
+        gate_ptr,
+        stride_gate,
+        low,
+        rows,
+        first,
+        num_rows,
+        features,
+        0,
+        GATES,
+        LAYOUT,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+    )
+    up = with_adapters(
+        up_ptr,
+        stride_up,
+        low,
+        rows,
+        first,
+        num_rows,
+        features,
+        GATES,
+        COUNT,
+        LAYOUT,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+    )
+    dh = with_adapters(
+        dh_ptr,
+        stride_dh,
+        after,
+        rows,
+        first,
+        num_rows,
+        features,
+        0,
+        AFTER_COUNT,
+        AFTER_LAYOUT,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+    )
+    act, slope = activated(gate, ACTIVATION)
+    columns = first + tl.arange(0, COLUMNS)
+    mask = (rows < num_rows)[:, None] & (columns < features)[None, :]
+    there = rows[:, None] * features + columns[None, :]
+    dtype = h_ptr.dtype.element_ty
+    tl.store(dgate_ptr + there, (dh * up * slope).to(dtype), mask)
+    tl.store(dup_ptr + there, (dh * act).to(dtype), mask)
+    tl.store(h_ptr + there, (act * up).to(dtype), mask)
+
+
+def glu(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    p: torch.Tensor | None,
+    b: Sequence[torch.Tensor],
+    member: Sequence[int],
+    scale: Sequence[float],
+    activation: str,
+) -> torch.Tensor:
+    """See the reference. The last dimensions are contiguous, but for the B's."""
+    tokens, features = gate.shape
+    none = [0.0] * len(b)
+    h = torch.empty((tokens, features), dtype=gate.dtype, device=gate.device)
+    tiles = glu_tiles(tokens, features, itemsize=gate.element_size())
+    launch(
+        _glu,
+        _grid(gate, tiles),
+        gate,
+        up,
+        h,
+        LowRank.of(p, b, scale, None, none, unused=gate),
+        tokens,
+        features,
+        gate.stride(0),
+        up.stride(0),
+        ACTIVATION=activation,
+        GATES=first_adapters(member, 2)[1],
+        COUNT=len(b),
+        LAYOUT=layout(b, none),
+        **_options(gate, tiles),
+    )
+    return h
+
+
+def glu_backward(
+    dh: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    p: torch.Tensor | None,
+    b: Sequence[torch.Tensor],
+    member: Sequence[int],
+    scale: Sequence[float],
+    ds: torch.Tensor | None,
+    a: Sequence[torch.Tensor],
+    seed: torch.Tensor | None,
+    dropout: Sequence[float],
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the reference. The last dimensions are contiguous, but for the A's and B's."""
+    tokens, features = gate.shape
+    none = [0.0] * len(b)
+    dgate, dup, h = (
+        torch.empty((tokens, features), dtype=gate.dtype, device=gate.device) for _ in range(3)
+    )
+    tiles = glu_tiles(tokens, features, itemsize=gate.element_size())
+    transposed = [each.t() for each in a]
+    launch(
+        _glu_backward,
+        _grid(gate, tiles),
+        dh,
+        gate,
+        up,
+        dgate,
+        dup,
+        h,
+        LowRank.of(p, b, scale, None, none, unused=gate),
+        LowRank.of(ds, transposed, [1.0] * len(a), seed, dropout, unused=gate),
+        tokens,
+        features,
+        dh.stride(0),
+        gate.stride(0),
+        up.stride(0),
+        ACTIVATION=activation,
+        GATES=first_adapters(member, 2)[1],
+        COUNT=len(b),
+        LAYOUT=layout(b, none),
+        AFTER_COUNT=len(a),
+        AFTER_LAYOUT=layout(transposed, dropout),
+        **_options(gate, tiles),
+    )
+    return dgate, dup, h
+
+
+def _grid(gate: torch.Tensor, tiles: Tiles) -> tuple[int, int]:
+    tokens, features = gate.shape
+    return triton.cdiv(tokens, tiles.rows), triton.cdiv(features, tiles.columns)
+
+
+def _options(gate: torch.Tensor, tiles: Tiles) -> dict[str, Any]:
+    return {
+        "PRECISION": dot_precision(gate.dtype),
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
