@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: its tests, and what the training loop costs there. Under 9 minutes.
+# Everything that needs a GPU: kernels, tests, and speed. Under 9 minutes, the most telling first.
 #
 #   benchmarks/gpu_checks.sh [WHEELHOUSE]
 #
 # Installs into the environment of PYTHON (python3) what it lacks, from WHEELHOUSE alone: a folder
-# of wheels for hydra-core, datasets and whatever else is not there already. Without WHEELHOUSE
-# everything must be installed. What is printed is kept in OUT (benchmarks/results).
+# of wheels for hydra-core, datasets and whatever else is not there already; pytest-xdist, with which
+# the tests run side by side, and bitsandbytes and liger-kernel, with which kernels are compared, are
+# taken if they are there. Without WHEELHOUSE everything must be installed. What is printed is kept
+# in OUT (benchmarks/results). LIMIT is the time for all of it in seconds (530), COMMIT says what is
+# checked where this is no git checkout.
 # Exit code: 0 all passed, 1 something failed, 2 the checks could not run here.
 set -uo pipefail
 wheelhouse=${1:+$(realpath -- "$1")}
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
+limit=${LIMIT:-530}
 mkdir -p "$out" || exit 2
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
@@ -28,8 +32,12 @@ with open("pyproject.toml", "rb") as file:
     needs = tomllib.load(file)["project"]["dependencies"]
 print("\n".join([*needs, "pytest>=8.4", "pytest-timeout>=2.4"]))
 PYTHON
-  "$python" -m pip install --quiet --disable-pip-version-check --no-index \
-    --find-links "$wheelhouse" --requirement "$work/requirements.txt" || exit 2
+  install=("$python" -m pip install --quiet --disable-pip-version-check --no-index
+    --find-links "$wheelhouse")
+  "${install[@]}" --requirement "$work/requirements.txt" || exit 2
+  for extra in pytest-xdist execnet bitsandbytes liger-kernel; do
+    "${install[@]}" --no-deps "$extra" 2>"$work/pip.txt" || echo "without $extra: not in $wheelhouse"
+  done
 fi
 
 "$python" - <<'PYTHON' 2>&1 | tee "$out/gpu_device.txt" || exit 2
@@ -51,26 +59,74 @@ PYTHON
 table=()
 failed=0
 
+# left: seconds until LIMIT.
+left() { echo $((limit - SECONDS)); }
+
+# note VERDICT NAME SECONDS HOW: one row of the last table.
+note() { table+=("$(printf '%-6s  %-22s  %4d s  %s' "$@")"); }
+
 # check NAME SECONDS COMMAND...: run it, keep what it prints, and note how it ended.
 check() {
-  local name=$1 seconds=$2 began=$SECONDS code=0 verdict=PASS how=
+  local name=$1 seconds=$2 began=$SECONDS code=0
   shift 2
-  timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.txt" || code=$?
-  if ((code)); then
-    verdict=FAIL
+  ((seconds > $(left))) && seconds=$(left)
+  if ((seconds < 10)); then
     failed=1
-    how="exit code $code"
-    ((code == 124 || code == 137)) && how="not done in $seconds s"
+    note FAILED "$name" 0 "not begun: no time was left of $limit s"
+    return
   fi
-  table+=("$(printf '%-4s  %-17s  %4d s  %s' "$verdict" "$name" $((SECONDS - began)) "$how")")
+  echo "== $name: at most $seconds s"
+  timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.txt" || code=$?
+  if ((code == 0)); then
+    note passed "$name" $((SECONDS - began)) ''
+    return
+  fi
+  failed=1
+  if ((code == 124 || code == 137)); then
+    note FAILED "$name" $((SECONDS - began)) "not done in $seconds s"
+  else
+    note FAILED "$name" $((SECONDS - began)) "exit code $code"
+  fi
 }
 
-check gpu_tests 360 "$python" -m pytest -p no:cacheprovider --durations=5 tests/gpu
-check gpu_loop_overhead 120 "$python" benchmarks/throughput/loop_overhead.py 200
+# show NAME PATTERN: lines of what a step has printed, if it was begun.
+show() { [[ -f "$out/$1.txt" ]] && grep -E "$2" "$out/$1.txt"; }
+
+rm -f "$out"/gpu_{kernels,tests,tests_large,kernels_speed,loop_overhead,memcheck}.txt
+pytest=("$python" -m pytest -p no:cacheprovider -q)
+large=tests/gpu/test_gpu_kernels_large.py
+side_by_side=()
+"$python" -c 'import xdist' 2>"$work/xdist.txt" && side_by_side=(-n 4)
+
+check gpu_kernels 130 "$python" -m dtune kernels check --dtype bf16
+check gpu_tests 230 "${pytest[@]}" "${side_by_side[@]}" --durations=10 --ignore "$large" tests/gpu
+check gpu_tests_large 60 "${pytest[@]}" "$large"
+# What comes after it needs about 70 s.
+speed=$(($(left) - 100))
+((speed > 240)) && speed=240
+check gpu_kernels_speed $((speed + 30)) "$python" benchmarks/kernels/run.py --out "$out" \
+  --seconds "$speed" ${COMMIT:+--commit "$COMMIT"}
+check gpu_loop_overhead 60 "$python" benchmarks/throughput/loop_overhead.py 200
+
+# Accesses outside of what was allocated, by the small shapes: without PyTorch's cache each tensor
+# is an allocation of its own.
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+if [[ ! -x "$sanitizer" ]]; then
+  note skipped gpu_memcheck 0 'no compute-sanitizer here'
+elif (($(left) < 30)); then
+  note skipped gpu_memcheck 0 "no time was left of $limit s"
+else
+  check gpu_memcheck "$(left)" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    "$sanitizer" --tool memcheck --error-exitcode 9 \
+    "${pytest[@]}" tests/gpu/test_gpu_kernels.py -k 'an_op_is and bf16 and small'
+fi
 
 echo
 cat "$out/gpu_device.txt"
-tail -n 1 "$out/gpu_tests.txt"
-grep '^ratio' "$out/gpu_loop_overhead.txt"
+show gpu_kernels '^(measured|[0-9]+ passed)'
+show gpu_tests '^[0-9]+ (passed|failed)'
+show gpu_tests_large '^[0-9]+ (passed|failed|skipped)'
+show gpu_kernels_speed ': (met|missed by|not measured)|^no time'
+show gpu_loop_overhead '^ratio'
 printf '%s\n' "${table[@]}"
 exit "$failed"

@@ -106,6 +106,7 @@ FREE = (
 
 def calls_of(layer: nn.Module, tokens: int, device: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """Kernel-like ops of a forward and a backward; not those that make the inputs."""
+    layer.zero_grad()  # adding to a gradient would be an op more for each adapter
     with _Calls() as counted:
         backward = run_layer(layer, tokens, device)
         backward()
