@@ -80,6 +80,17 @@ class Batch:
     """Tokens that are not padding."""
     num_targets: int
     """Positions that are trained on."""
+    num_documents: int = -1
+    """Stretches of positions that go on by one within padding or outside of it, over all rows;
+    counted here where it is not given."""
+
+    def __post_init__(self) -> None:
+        if self.num_documents < 0:
+            breaks = self.position_ids.diff(dim=1) != 1
+            if self.attention_mask is not None:
+                breaks |= self.attention_mask.diff(dim=1) != 0
+            count = int(breaks.sum()) + self.position_ids.shape[0]
+            object.__setattr__(self, "num_documents", count)
 
     @property
     def num_slots(self) -> int:
@@ -231,6 +242,8 @@ LOSS_LABELS = "loss_labels"
 """Argument of a model that ``FusesLoss``: int64 [B, S], the target after each position."""
 NUM_TARGETS = "num_targets"
 """Argument beside it: how many of them are not IGNORE_INDEX, an int."""
+NUM_DOCUMENTS = "num_documents"
+"""Argument of every model: ``Batch.num_documents``, known to the host without waiting."""
 
 
 class FusesLoss:

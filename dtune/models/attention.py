@@ -1,9 +1,9 @@
 """Attention that stays inside each document, by every implementation.
 
-A model is called with ``input_ids``, ``position_ids``, ``attention_mask`` and ``use_cache=False``,
-whatever its attention. For sdpa, eager and flex, transformers turns position ids that restart into
-block-diagonal masks. The variable-length kernels want the bounds of documents instead: a hook on
-the model computes them once per forward.
+A model is called with ``input_ids``, ``position_ids``, ``attention_mask``, ``use_cache=False`` and
+the number of documents, whatever its attention. A hook on the model makes of them what the
+implementation reads, once a forward: masks, or the bounds of documents. What it does not know it
+leaves to transformers, which turns position ids that restart into block-diagonal masks.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dtune.errors import ConfigError
+from dtune.models.masks import causal_masks, document_bounds
 from dtune.models.schema import Attention
 from dtune.runtime.capabilities import is_installed
+from dtune.types import NUM_DOCUMENTS
 
 VARLEN = "dtune_varlen"
 
@@ -103,61 +105,61 @@ def _best(device: torch.device, *, softcap: bool, half: bool) -> Attention:
     return Attention.sdpa
 
 
-def document_bounds(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Return where documents start in the flattened batch, and its length: int32 [documents + 1].
-
-    A document starts with every row, wherever positions do not go on by one, and where padding
-    begins or ends. Waits for the device once, because the number of documents is a shape.
-    """
-    starts_BS = torch.ones_like(position_ids, dtype=torch.bool)
-    starts_BS[:, 1:] = position_ids.diff(dim=1) != 1
-    if attention_mask is not None:
-        starts_BS[:, 1:] |= attention_mask.diff(dim=1) != 0
-    starts = starts_BS.flatten().nonzero().flatten()
-    return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
-
-
-def _wants_bounds(kwargs: Mapping[str, Any]) -> bool:
+def _wants_documents(kwargs: Mapping[str, Any]) -> bool:
     no_cache = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
     return no_cache and kwargs.get("position_ids") is not None
 
 
-def _pass_bounds_as_mask(
+def _pass_documents(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put the bounds where the mask travels: transformers hands 4-D masks on untouched."""
-    if not _wants_bounds(kwargs):
+    """Replace ``NUM_DOCUMENTS`` by what the model's attention reads; before its forward.
+
+    transformers finds documents by itself for some implementations, at the price of the host
+    waiting for the device.
+    """
+    count = kwargs.pop(NUM_DOCUMENTS, None)
+    if not _wants_documents(kwargs):
         return args, kwargs
-    bounds = document_bounds(kwargs["position_ids"], kwargs.get("attention_mask"))
-    return args, {**kwargs, "attention_mask": bounds[None, None, None]}
+    own: Any = module
+    return args, {**kwargs, **_told(own, own.config._attn_implementation, kwargs, count)}
 
 
-def _pass_bounds_to_flash(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give flash-attn the bounds: by itself it finds documents in a batch of one row only."""
-    if not _wants_bounds(kwargs):
-        return args, kwargs
-    position_ids = kwargs["position_ids"]
-    bounds = document_bounds(position_ids, kwargs.get("attention_mask"))
-    longest = position_ids.shape[1]
-    return args, {
-        **kwargs,
-        "attention_mask": None,
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+def _told(
+    model: PreTrainedModel, implementation: str, kwargs: Mapping[str, Any], count: int | None
+) -> dict[str, Any]:
+    """Arguments that tell an implementation where documents are; none where it finds out itself."""
+    position_ids, mask = kwargs["position_ids"], kwargs.get("attention_mask")
+    if implementation in ("sdpa", "eager"):
+        additive = _embedding_dtype(model) if implementation == "eager" else None
+        masks = causal_masks(model.config, position_ids, mask, additive)
+        return {} if masks is None else {"attention_mask": masks}
+    if implementation == VARLEN:
+        bounds = document_bounds(position_ids, mask, count)
+        # Where the mask travels: transformers hands 4-D masks on untouched.
+        return {"attention_mask": bounds[None, None, None]}
+    if implementation == "flash_attention_2":
+        bounds = document_bounds(position_ids, mask, count)
+        longest = position_ids.shape[1]
+        return {
+            "attention_mask": None,
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    return {}
 
 
-def install_bounds(model: nn.Module, implementation: str) -> None:
-    """Make a model compute the bounds of documents where its attention wants them."""
-    hooks = {VARLEN: _pass_bounds_as_mask, "flash_attention_2": _pass_bounds_to_flash}
-    if implementation in hooks:
-        model.register_forward_pre_hook(hooks[implementation], with_kwargs=True)
+def _embedding_dtype(model: PreTrainedModel) -> torch.dtype:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.dtype
+
+
+def install_documents(model: nn.Module) -> None:
+    """Make a model tell its attention where documents are, where that is not left to it."""
+    model.register_forward_pre_hook(_pass_documents, with_kwargs=True)
 
 
 def varlen_attention(

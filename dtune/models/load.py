@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dtune.errors import ConfigError
-from dtune.models.attention import install_bounds, resolve_attention
+from dtune.models.attention import install_documents, resolve_attention
 from dtune.models.random import RandomSource
 from dtune.models.schema import Attention, Init, ModelConfig
 from dtune.models.spec import describe
@@ -178,7 +178,7 @@ def build_model(
     model.tie_weights()
     _read_generation_config(model, folder)
     _fill_buffers(model)
-    install_bounds(model, attention)
+    install_documents(model)
     return model, dataclasses.replace(describe(model, config.path), stored_dtype=stored_dtype)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from dtune.types import (
     IGNORE_INDEX,
     LOSS_LABELS,
+    NUM_DOCUMENTS,
     NUM_TARGETS,
     Batch,
     FusesLoss,
@@ -29,6 +30,7 @@ def causal_loss(model: nn.Module, batch: Batch) -> LossParts:
         "attention_mask": batch.attention_mask,
         "position_ids": batch.position_ids,
         "use_cache": False,
+        NUM_DOCUMENTS: batch.num_documents,
     }
     if isinstance(innermost(model), FusesLoss):
         # No label is the first of a row's, so that the shift over the end of a row brings none.

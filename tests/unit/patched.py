@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dtune.models.attention import install_documents
 from dtune.models.spec import describe
 from dtune.objectives.causal import causal_loss
 from dtune.peft.schema import PEFT
@@ -41,6 +42,7 @@ def adapted(
     model = AutoModelForCausalLM.from_config(
         family_config(family, **changes), attn_implementation=attention
     )
+    install_documents(model)
     spec = describe(model, family)
     PEFT.config(peft)(**options).build().inject(model, spec)
     with torch.no_grad():

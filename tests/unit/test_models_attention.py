@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 
 from dtune.errors import ConfigError
 from dtune.models import attention
-from dtune.models.attention import VARLEN, document_bounds, install_bounds, resolve_attention
+from dtune.models.attention import VARLEN, install_documents, resolve_attention
 from dtune.models.load import build_model
+from dtune.models.masks import document_bounds
 from dtune.models.schema import Attention, ModelConfig
 from tests.unit.families import FAMILIES, save_family
 from tests.unit.test_models import loaded
@@ -154,7 +156,6 @@ def test_varlen_gets_the_bounds_of_every_document(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
         ).logits
         model.set_attn_implementation(VARLEN)
-        install_bounds(model, VARLEN)
         varlen = model(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
         ).logits
@@ -172,7 +173,6 @@ def test_varlen_generates_as_sdpa_does(tmp_path: Path) -> None:
     options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
     expected = model.generate(ids, **options)
     model.set_attn_implementation(VARLEN)
-    install_bounds(model, VARLEN)
     assert torch.equal(model.generate(ids, **options), expected)
 
 
@@ -180,16 +180,20 @@ def test_flash_attn_gets_bounds_in_its_own_names() -> None:
     seen: dict[str, object] = {}
 
     class Probe(nn.Module):
+        config = SimpleNamespace(_attn_implementation="flash_attention_2")
+
         def forward(self, **kwargs: object) -> None:
             seen.update(kwargs)
 
     probe = Probe()
-    install_bounds(probe, "flash_attention_2")
+    install_documents(probe)
     ids, positions, _ = packed_batch()
     probe(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
     assert seen["attention_mask"] is None
     assert seen["max_length_q"] == seen["max_length_k"] == LENGTH
-    assert torch.equal(torch.as_tensor(seen["cu_seq_lens_q"]), document_bounds(positions, None))
+    assert torch.equal(
+        torch.as_tensor(seen["cu_seq_lens_q"]), document_bounds(positions, None, None)
+    )
     seen.clear()
     probe(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=True)
     assert "cu_seq_lens_q" not in seen
@@ -198,11 +202,13 @@ def test_flash_attn_gets_bounds_in_its_own_names() -> None:
 def test_bounds_of_documents_rows_and_padding() -> None:
     _, positions, _ = packed_batch()
     padding = [37, 38, 39]  # each position of padding is a document of its own
-    assert document_bounds(positions, None).tolist() == [0, 7, 16, 20, 31, *padding, 40]
+    starts = [0, 7, 16, 20, 31, *padding]
+    assert document_bounds(positions, None, None).tolist() == [*starts, 40]
+    assert document_bounds(positions, None, len(starts)).tolist() == [*starts, 40]
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[1, 4:] = 0
     plain = torch.arange(6).expand(2, 6)
-    assert document_bounds(plain, mask).tolist() == [0, 6, 10, 12]
+    assert document_bounds(plain, mask, None).tolist() == [0, 6, 10, 12]
 
 
 def test_auto_falls_back_to_what_runs_here() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtune.errors import ConfigError
+from dtune.objectives.causal import causal_loss
 from dtune.patch.apply import apply_patches, choose_patches, unpatch
 from dtune.patch.base import PatchRow, kind_of, patch_names
 from dtune.patch.schema import Backend, KernelsConfig
@@ -206,3 +210,29 @@ def test_compiled_blocks_are_compiled_once_for_all() -> None:
     assert compiler.frame_count == 2
     train_step(model, make_batch(2, 0, packed=False))
     assert compiler.frame_count == 2
+
+
+class _NoSync(TorchDispatchMode):
+    """Raises where the host would wait for the device to hand it a number or a shape."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name
+        assert name not in SYNCS, name
+        return func(*args, **(kwargs or {}))
+
+
+SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_patched_step_never_waits_for_the_device(family: str, dropout: float) -> None:
+    model, spec = adapted(family, dropout=dropout)
+    apply_patches(model, ALL, spec)
+    batch = make_batch(1, 0, packed=True)
+    with _NoSync():
+        causal_loss(model, batch).total.backward()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoSync():
+        batch.labels.sum().item()

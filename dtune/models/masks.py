@@ -1,0 +1,82 @@
+"""Where documents lie in a batch, and masks from it, made without the host waiting for the device.
+
+Shape legend: B rows, S positions of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+KNOWN = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"}
+)
+"""``model_type`` of models that take finished masks: one, or one for each of their layer types."""
+
+Masks = torch.Tensor | dict[str, torch.Tensor]
+
+
+def document_starts(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return whether a document starts at each position: bool [B, S].
+
+    A document starts with every row, wherever positions do not go on by one, and where padding
+    begins or ends.
+    """
+    starts_BS = torch.ones_like(position_ids, dtype=torch.bool)
+    starts_BS[:, 1:] = position_ids.diff(dim=1) != 1
+    if attention_mask is not None:
+        starts_BS[:, 1:] |= attention_mask.diff(dim=1) != 0
+    return starts_BS
+
+
+def document_bounds(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_documents: int | None
+) -> torch.Tensor:
+    """Return where documents start in the flattened batch, and its length: int32 [documents + 1].
+
+    Their number is a shape; where the host does not give it, it waits for the device once.
+    """
+    starts = document_starts(position_ids, attention_mask).flatten()
+    if num_documents is None:
+        found = starts.nonzero().flatten()
+    else:
+        # A stable sort puts the starts first, in order.
+        found = torch.argsort((~starts).to(torch.uint8), stable=True)[:num_documents]
+    return nn.functional.pad(found, (0, 1), value=position_ids.numel()).to(torch.int32)
+
+
+def causal_masks(
+    config: PretrainedConfig,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    additive: torch.dtype | None,
+) -> Masks | None:
+    """Return masks by which a position sees its own document up to itself; None if not known how.
+
+    [B, 1, S, S], for models with layers of several types one by the name of each. Bool, or numbers
+    to add in the dtype ``additive``. Padding sees padding, so that no position sees nothing.
+    """
+    if config.model_type not in KNOWN:
+        return None
+    documents_BS = document_starts(position_ids, attention_mask).cumsum(1)
+    causal_SS = torch.ones(
+        (documents_BS.shape[1],) * 2, dtype=torch.bool, device=position_ids.device
+    ).tril()
+    own_BSS = (documents_BS[:, :, None] == documents_BS[:, None, :]) & causal_SS
+
+    def finish(window: int | None) -> torch.Tensor:
+        seen = own_BSS if window is None else own_BSS & causal_SS.triu(1 - window)
+        if additive is None:
+            return seen[:, None]
+        lowest = torch.finfo(additive).min
+        return torch.zeros_like(seen, dtype=additive).masked_fill_(~seen, lowest)[:, None]
+
+    settings = config.to_dict()
+    window = settings.get("sliding_window")
+    if settings.get("layer_types") is None:
+        return finish(window)
+    windows = {"full_attention": None, "sliding_attention": window}
+    return {kind: finish(windows[kind]) for kind in dict.fromkeys(settings["layer_types"])}
