@@ -63,7 +63,7 @@ failed=0
 left() { echo $((limit - SECONDS)); }
 
 # note VERDICT NAME SECONDS HOW: one row of the last table.
-note() { table+=("$(printf '%-6s  %-22s  %4d s  %s' "$@")"); }
+note() { table+=("$(printf '%-7s  %-17s  %4d s  %s' "$@")"); }
 
 # check NAME SECONDS COMMAND...: run it, keep what it prints, and note how it ended.
 check() {

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = torch.bfloat16
     ceilings = measure_ceilings(device, dtype, rounds=options.repeats)
     report.start(ceilings)
+    options.out.mkdir(parents=True, exist_ok=True)
     shapes = options.shape or ("8b", "70b", "1b")
     for name, case, shape in planned(shapes, options.only or [""]):
         if time.monotonic() - began > options.seconds:
@@ -68,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sizes = replace(sizes, tokens=TOKENS)
         layer = Layer(sizes, dtype, device, compiled)
         report.add(_results(name, case, layer, ceilings, options.repeats))
+        # Now, so that what ends this process takes no number away.
+        report.write(options.out)
     report.end(time.monotonic() - began)
-    options.out.mkdir(parents=True, exist_ok=True)
     report.write(options.out)
     return int(any(result.problem for result in report.results))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,13 +52,8 @@ def built(
     return model
 
 
-def batch_of(dtype: torch.dtype, step: int = 1) -> Batch:
-    """Packed rows with their mask made: transformers would ask the device for what it holds."""
-    batch = make_batch(step, 0, packed=True)
-    documents = batch.document_ids
-    seen = (documents[:, :, None] == documents[:, None, :]).tril()
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    return replace(batch, attention_mask=mask[:, None]).to(DEVICE)
+def batch_of(step: int = 1) -> Batch:
+    return make_batch(step, 0, packed=True).to(DEVICE)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
@@ -69,7 +63,7 @@ def test_a_patched_step_is_as_near_to_fp64_as_the_step(family: str) -> None:
     def step(dtype: torch.dtype, *, patched: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss, and all gradients as one vector, from weights that are rounded to bf16."""
         model = built(torch.bfloat16, family=family, patched=patched, sizes=None).to(dtype)
-        found = train_step(model, batch_of(dtype))
+        found = train_step(model, batch_of())
         return found.loss, torch.cat([found.grads[name].flatten() for name in sorted(found.grads)])
 
     loss, gradients = step(dtype, patched=True)
@@ -79,14 +73,14 @@ def test_a_patched_step_is_as_near_to_fp64_as_the_step(family: str) -> None:
     rounding = torch.finfo(dtype).eps * exact_loss.abs()
     assert (loss - exact_loss).abs() <= 2 * torch.maximum((plain_loss - exact_loss).abs(), rounding)
     # What another batch would give is far away.
-    other = train_step(built(dtype, family=family, sizes=None), batch_of(dtype, step=2))
+    other = train_step(built(dtype, family=family, sizes=None), batch_of(step=2))
     others = torch.cat([other.grads[name].flatten() for name in sorted(other.grads)])
     assert errors(others, exact)[0] > 10 * errors(plain, exact)[0]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_step_has_the_same_bits_twice(dropout: float) -> None:
-    model, batch = built(torch.bfloat16, dropout=dropout), batch_of(torch.bfloat16)
+    model, batch = built(torch.bfloat16, dropout=dropout), batch_of()
     found = []
     for _ in range(2):
         torch.manual_seed(7)
@@ -116,7 +110,7 @@ def training(model: nn.Module) -> Callable[[Batch], torch.Tensor]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_patched_step_waits_for_nothing(attention: str) -> None:
     model = built(torch.bfloat16, attention=attention, dropout=0.1)
-    step, batch = training(model), batch_of(torch.bfloat16)
+    step, batch = training(model), batch_of()
     for _ in range(3):  # the first compile kernels and make the optimizer's state
         step(batch)
     torch.cuda.synchronize()
@@ -145,7 +139,7 @@ def captured(step: Callable[[Batch], torch.Tensor], batch: Batch) -> tuple[Any, 
 
 
 def test_a_captured_step_is_the_step() -> None:
-    dtype, batch = torch.bfloat16, batch_of(torch.bfloat16)
+    dtype, batch = torch.bfloat16, batch_of()
     eager, replayed = built(dtype), built(dtype)
     step = training(eager)
     for _ in range(3):
@@ -163,7 +157,7 @@ def test_a_captured_step_is_the_step() -> None:
 
 
 def test_a_captured_step_drops_something_else_each_time() -> None:
-    batch = batch_of(torch.bfloat16)
+    batch = batch_of()
     model = built(torch.bfloat16, dropout=0.5)
 
     def step(batch: Batch) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from dtune.cli import main
 from tests.integration.test_train_equal import assert_equal_curves
@@ -65,3 +66,15 @@ def test_plan_shows_what_would_be_patched_without_a_device(
     said = capfd.readouterr().out
     for patch in ("rope", "attention", "mlp", "lora_linear", "rms_norm", "loss_head"):
         assert f"  {patch}: " in said
+
+
+@pytest.mark.slow
+def test_a_compiled_patched_run_has_the_curve_of_the_run(tmp_path: Path) -> None:
+    common = ("optim=sgd", "optim.lr=1e-2", "kernels=reference")
+    eager = train(settings(tmp_path / "eager", *common))
+    counters.clear()
+    compiled = train(settings(tmp_path / "compiled", *common, "train.compile=true"))
+    assert_equal_curves(compiled, eager)
+    # One graph for the first block, whose input needs no gradient, and one for all others.
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from dtune_kernels.errors import KernelArgumentError
 from dtune_kernels.lora import Adapter, Linear, Norm, lora_linear, lora_linears
+from dtune_kernels.rms_norm import rms_norm
 from dtune_kernels.weights import FrozenWeight
 
 from tests.kernels.compare import assert_parity, triton_on_cpu
@@ -181,6 +183,42 @@ def test_adapters_may_have_any_strides(backend: str) -> None:
         for each in one.linears
     ]
     compare(replace(one, linears=linears), torch.float32, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize(
+    ("of_h", "of_weight", "of_products"),
+    [
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float32, torch.float16),
+    ],
+)
+def test_a_folded_norm_is_the_norm_before(
+    of_h: torch.dtype, of_weight: torch.dtype, of_products: torch.dtype, gemma: bool, backend: str
+) -> None:
+    torch.manual_seed(0)
+    base = [rounded(linear(24, 36, ranks, dropout=0.1), of_products) for ranks in ((4,), (3, 2))]
+    h, weight, dy = torch.randn(19, 36), torch.rand(36), torch.randn(19, 24).to(of_products)
+
+    def run(*, folded: bool) -> list[torch.Tensor]:
+        linears = [cast(one, of_products) for one in base]
+        x, own = leaf(h, of_h), leaf(weight, of_weight)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", of_products, enabled=of_h != of_products):
+            if folded:
+                ys = lora_linears(x, linears, norm=Norm(own, EPS, gemma))
+            else:
+                normed = rms_norm(x, own, eps=EPS, gemma=gemma)
+                ys = lora_linears(normed.to(of_products), linears)
+        torch.autograd.backward(ys, [dy] * 2)
+        return [*(y.detach() for y in ys), *(each.grad for each in (x, own, *leaves(linears)))]
+
+    with triton_on_cpu() if backend == "triton" else nullcontext():
+        got, expected = run(folded=True), run(folded=False)
+    for mine, wanted in zip(got, expected, strict=True):
+        assert torch.equal(mine, wanted)
 
 
 @pytest.mark.parametrize("dropout", [0, 0.3])

@@ -19,14 +19,16 @@ def activated(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Ten
     """Return act(x) and its derivative at x."""
     if activation == "silu":
         gate = torch.sigmoid(x)
-        return x * gate, gate * (1 + x * (1 - gate))
+        return x * gate, gate * (1 + x * torch.sigmoid(-x))
     if activation == "gelu":
         gate = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
         return x * gate, gate + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     # 1 + tanh(z) = 2 sigmoid(2 z)
     twice = 2 * math.sqrt(2 / math.pi)
-    gate = torch.sigmoid(twice * (x + _CUBE * x**3))
-    return x * gate, gate + x * gate * (1 - gate) * twice * (1 + 3 * _CUBE * x * x)
+    z = twice * (x + _CUBE * x**3)
+    gate = torch.sigmoid(z)
+    # sigmoid(-z), not 1 - sigmoid(z), which is off by as much as sigmoid(z) is rounded.
+    return x * gate, gate + x * gate * torch.sigmoid(-z) * twice * (1 + 3 * _CUBE * x * x)
 
 
 def plain(x: torch.Tensor, activation: str) -> torch.Tensor:

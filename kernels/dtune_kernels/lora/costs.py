@@ -17,6 +17,7 @@ from dtune_kernels.lora.tiles import (
     GRAD_WIDTH,
     PROJECT_WIDTH,
     Piece,
+    ceil_div,
     grad_a_tiles,
     grad_b_tiles,
     in_one_pass,
@@ -204,7 +205,7 @@ def _one_pass_shares(
     for each, owner in zip(dy, together, strict=True):
         tokens, features = each.shape
         rank = sum(rank for rank, other in zip(ranks, member, strict=True) if other == owner)
-        moved += _shared(-(-features // tiles.columns), tokens * rank)
+        moved += _shared(ceil_div(features, tiles.columns), tokens * rank)
         moved += _shared(tiles.shares, features * rank)
     return moved
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from dtune_kernels.launch import next_power_of_two
 
@@ -53,6 +54,12 @@ class Tiles:
     stages: int
 
 
+def ceil_div(size: int, by: int) -> int:
+    """Parts of at most ``by`` that ``size`` is cut into."""
+    return -(-size // by)
+
+
+@cache
 def padded(rank: int) -> int:
     """Ranks of a tile that holds ``rank``."""
     return max(16, next_power_of_two(rank))
@@ -82,8 +89,13 @@ def in_one_pass(ranks: Sequence[int], member: Sequence[int]) -> list[int]:
     return [owner for owner, width in widths.items() if width <= ONE_PASS_WIDTH]
 
 
-def passes(ranks: Sequence[int], width: int) -> list[list[Piece]]:
+def passes(ranks: Sequence[int], width: int) -> Sequence[Sequence[Piece]]:
     """Cut adapters so that the padded ranks of each launch fit into ``width``."""
+    return _passes(tuple(ranks), width)
+
+
+@cache
+def _passes(ranks: tuple[int, ...], width: int) -> list[list[Piece]]:
     launches: list[list[Piece]] = []
     used = width
     for adapter, (rank, column) in enumerate(zip(ranks, columns_of(ranks), strict=True)):
@@ -118,14 +130,14 @@ def project_tiles(
     """
     width = sum(piece.padded for piece in pieces)
     tall = tokens >= 128 * processors and width <= 64 and itemsize == 2 and not dropout
-    rows = 128 if tall else min(64, padded(tokens))
+    rows = 128 if tall else padded(min(tokens, 64))
     if dropout:
         columns = 64 if len(pieces) == 1 and width <= 64 else 32
     else:
         columns = 128 if width <= 64 else 64 if width <= 128 else 32
     columns = min(columns if itemsize == 2 else columns // 2, padded(features))
-    blocks = -(-tokens // rows)
-    shares = min(max(1, processors // max(blocks, 1)), -(-features // (4 * columns)))
+    blocks = ceil_div(tokens, rows)
+    shares = min(max(1, processors // max(blocks, 1)), ceil_div(features, 4 * columns))
     few = itemsize == 2 and rows * width <= 8192 and not dropout
     return Tiles(rows, columns, shares, warps=4 if few else 8, stages=3 if tall else 4)
 
@@ -143,9 +155,9 @@ def grad_a_tiles(
     width = sum(piece.padded for piece in pieces)
     wide = itemsize == 2 and width <= 64 and not dropout
     columns = min(256 if wide else 64 if dropout and width > 64 else 128, padded(features))
-    rows = min(64 if itemsize == 2 else 32, padded(tokens))
-    blocks = -(-tokens // rows)
-    shares = min(max(1, processors // -(-features // columns)), -(-blocks // 4))
+    rows = padded(min(tokens, 64 if itemsize == 2 else 32))
+    blocks = ceil_div(tokens, rows)
+    shares = min(max(1, processors // ceil_div(features, columns)), ceil_div(blocks, 4))
     return Tiles(rows, columns, shares, warps=8, stages=3)
 
 
@@ -156,22 +168,30 @@ def grad_b_tiles(tokens: int, features: Sequence[int], *, itemsize: int, process
     S = 132, shares of dS and dB together are least at about 512 columns.
     """
     columns = min(512 if itemsize == 2 else 256, max(padded(size) for size in features))
-    rows = min(64 if itemsize == 2 else 32, padded(tokens))
-    tiles = sum(-(-size // columns) for size in features)
-    shares = min(max(1, processors // tiles), -(-tokens // (4 * rows)))
+    rows = padded(min(tokens, 64 if itemsize == 2 else 32))
+    tiles = sum(ceil_div(size, columns) for size in features)
+    shares = min(max(1, processors // tiles), ceil_div(tokens, 4 * rows))
     return Tiles(rows, columns, shares, warps=8, stages=2)
 
 
 def expand_tiles(tokens: int, features: int, ranks: Sequence[int], *, itemsize: int) -> Tiles:
     """Cut y [T, N]: every program has a tile of its own."""
-    rows = min(64, padded(tokens))
+    rows = padded(min(tokens, 64))
     columns = 128 if max(ranks) <= BLOCK_R else 64
     columns = min(columns if itemsize == 2 else columns // 2, padded(features))
     return Tiles(rows, columns, 1, warps=8 if rows * columns >= 8192 else 4, stages=2)
 
 
-def glu_tiles(tokens: int, features: int, *, itemsize: int) -> Tiles:
-    """Cut gate and up [T, F]: three tiles of fp32 in registers at once."""
-    rows = min(64, padded(tokens))
+def glu_tiles(tokens: int, features: int, ranks: Sequence[int], *, itemsize: int) -> Tiles:
+    """Cut gate and up [T, F]: three tiles of fp32 in registers at once.
+
+    Args:
+        tokens: T.
+        features: F.
+        ranks: Of all adapters, in the backward: where some are taken in turn, 4 warps would spill.
+        itemsize: Bytes of an element of gate.
+    """
+    rows = padded(min(tokens, 64))
     columns = min(64 if itemsize == 2 else 32, padded(features))
-    return Tiles(rows, columns, 1, warps=4 if itemsize == 2 else 8, stages=2)
+    few = itemsize == 2 and all(rank <= BLOCK_R for rank in ranks)
+    return Tiles(rows, columns, 1, warps=4 if few else 8, stages=2)

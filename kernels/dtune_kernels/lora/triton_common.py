@@ -13,7 +13,7 @@ import triton.language as tl
 
 from dtune_kernels.launch import launch
 from dtune_kernels.lora.dropout import keep_scale, threshold
-from dtune_kernels.lora.tiles import columns_of, rank_blocks
+from dtune_kernels.lora.tiles import ceil_div, columns_of, rank_blocks
 
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
 
@@ -227,7 +227,7 @@ def add_shares(sums: Sequence[Sum]) -> None:
     block = 1024
     launch(
         _add_shares,
-        (max(triton.cdiv(each.out.numel(), block) for each in sums), len(sums)),
+        (max(ceil_div(each.out.numel(), block) for each in sums), len(sums)),
         tuple(each.shares for each in sums),
         tuple(each.out for each in sums),
         tuple(each.out.shape[0] for each in sums),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dtune_kernels.launch import dot_precision, launch
-from dtune_kernels.lora.tiles import Tiles, expand_tiles, first_adapters
+from dtune_kernels.lora.tiles import Tiles, ceil_div, expand_tiles, first_adapters
 from dtune_kernels.lora.triton_common import LowRank, layout, with_adapters
 
 
@@ -139,7 +139,7 @@ def _launch(
     )
     launch(
         _expand,
-        (triton.cdiv(tokens, tiles.rows), _tile_starts(y, tiles)[-1]),
+        (ceil_div(tokens, tiles.rows), _tile_starts(y, tiles)[-1]),
         tuple(y),
         tuple(each.stride(0) for each in y),
         tuple(out),
@@ -160,5 +160,5 @@ def _launch(
 
 
 def _tile_starts(y: Sequence[torch.Tensor], tiles: Tiles) -> tuple[int, ...]:
-    counts = [triton.cdiv(each.shape[1], tiles.columns) for each in y]
+    counts = [ceil_div(each.shape[1], tiles.columns) for each in y]
     return tuple(sum(counts[:index]) for index in range(len(y) + 1))

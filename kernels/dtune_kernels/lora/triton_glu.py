@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dtune_kernels.launch import dot_precision, launch
-from dtune_kernels.lora.tiles import Tiles, first_adapters, glu_tiles
+from dtune_kernels.lora.tiles import Tiles, ceil_div, first_adapters, glu_tiles
 from dtune_kernels.lora.triton_common import LowRank, layout, with_adapters
 
 
@@ -20,16 +20,17 @@ def activated(x, ACTIVATION: tl.constexpr) -> Any:
     """act(x) and its derivative, fp32; see the reference."""
     if ACTIVATION == "silu":
         gate = tl.sigmoid(x)
-        slope = gate * (1.0 + x * (1.0 - gate))
+        slope = gate * (1.0 + x * tl.sigmoid(-x))
     elif ACTIVATION == "gelu":
         # 1 / sqrt(2) and 1 / sqrt(2 pi)
         gate = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         slope = gate + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
         # 1 + tanh(z) = 2 sigmoid(2 z), and 2 sqrt(2 / pi)
-        gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        gate = tl.sigmoid(z)
         inner = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
-        slope = gate + x * gate * (1.0 - gate) * inner
+        slope = gate + x * gate * tl.sigmoid(-z) * inner
     return x * gate, slope
 
 
@@ -185,7 +186,7 @@ def glu(
     tokens, features = gate.shape
     none = [0.0] * len(b)
     h = torch.empty((tokens, features), dtype=gate.dtype, device=gate.device)
-    tiles = glu_tiles(tokens, features, itemsize=gate.element_size())
+    tiles = glu_tiles(tokens, features, (), itemsize=gate.element_size())
     launch(
         _glu,
         _grid(gate, tiles),
@@ -226,8 +227,9 @@ def glu_backward(
     dgate, dup, h = (
         torch.empty((tokens, features), dtype=gate.dtype, device=gate.device) for _ in range(3)
     )
-    tiles = glu_tiles(tokens, features, itemsize=gate.element_size())
     transposed = [each.t() for each in a]
+    ranks = [each.shape[1] for each in (*b, *transposed)]
+    tiles = glu_tiles(tokens, features, ranks, itemsize=gate.element_size())
     launch(
         _glu_backward,
         _grid(gate, tiles),
@@ -257,7 +259,7 @@ def glu_backward(
 
 def _grid(gate: torch.Tensor, tiles: Tiles) -> tuple[int, int]:
     tokens, features = gate.shape
-    return triton.cdiv(tokens, tiles.rows), triton.cdiv(features, tiles.columns)
+    return ceil_div(tokens, tiles.rows), ceil_div(features, tiles.columns)
 
 
 def _options(gate: torch.Tensor, tiles: Tiles) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from dtune_kernels.launch import dot_precision, launch, num_multiprocessors
 from dtune_kernels.lora.dropout import keep_scale, threshold
-from dtune_kernels.lora.tiles import GRAD_WIDTH, Piece, grad_a_tiles, passes
+from dtune_kernels.lora.tiles import GRAD_WIDTH, Piece, ceil_div, grad_a_tiles, passes
 from dtune_kernels.lora.triton_common import Sum, add_shares, append, kept, load_tile, zeros
 
 
@@ -195,10 +195,10 @@ def _launch(
     )
     sums = [Sum.of(_ranks(out[each.adapter], each, transposed), tiles.shares) for each in pieces]
     along_r, along_k = (2, 1) if transposed else (1, 2)
-    blocks = triton.cdiv(triton.cdiv(tokens, tiles.rows), max(tiles.shares, 1))
+    blocks = ceil_div(ceil_div(tokens, tiles.rows), max(tiles.shares, 1))
     launch(
         _grad_a,
-        (triton.cdiv(features, tiles.columns), tiles.shares),
+        (ceil_div(features, tiles.columns), tiles.shares),
         x,
         ds,
         tuple(each.shares for each in sums),

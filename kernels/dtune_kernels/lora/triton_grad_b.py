@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from dtune_kernels.launch import dot_precision, launch, num_multiprocessors
-from dtune_kernels.lora.tiles import columns_of, first_adapters, grad_b_tiles, in_one_pass, padded
+from dtune_kernels.lora.tiles import (
+    ceil_div,
+    columns_of,
+    first_adapters,
+    grad_b_tiles,
+    in_one_pass,
+    padded,
+)
 from dtune_kernels.lora.triton_common import Sum, add_shares, append, load_tile, zeros
 from dtune_kernels.lora.triton_grad import grad_sums
 from dtune_kernels.lora.triton_project import project_into
@@ -244,7 +251,7 @@ def _one_pass(
         itemsize=dys[0].element_size(),
         processors=num_multiprocessors(p.device),
     )
-    counts = [triton.cdiv(each.shape[1], tiles.columns) for each in dys]
+    counts = [ceil_div(each.shape[1], tiles.columns) for each in dys]
     mine = [j for j, owner in enumerate(member) if owner in together]
     owners = [together.index(member[j]) for j in mine]
     ranks, starts = [b[j].shape[1] for j in mine], columns_of([each.shape[1] for each in b])
@@ -272,7 +279,7 @@ def _one_pass(
         tuple(each.shares.stride(0) for each in db_sums),
         tuple(each.shares.stride(1) for each in db_sums),
         tokens,
-        triton.cdiv(triton.cdiv(tokens, tiles.rows), max(tiles.shares, 1)),
+        ceil_div(ceil_div(tokens, tiles.rows), max(tiles.shares, 1)),
         COUNT=len(dys),
         TILE=tuple(sum(counts[:index]) for index in range(len(counts) + 1)),
         FIRST=first_adapters(owners, len(dys)),

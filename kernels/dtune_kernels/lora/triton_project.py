@@ -11,7 +11,7 @@ import triton.language as tl
 
 from dtune_kernels.launch import dot_precision, launch, num_multiprocessors
 from dtune_kernels.lora.dropout import keep_scale, threshold
-from dtune_kernels.lora.tiles import PROJECT_WIDTH, Piece, passes, project_tiles
+from dtune_kernels.lora.tiles import PROJECT_WIDTH, Piece, ceil_div, passes, project_tiles
 from dtune_kernels.lora.triton_common import Sum, add_shares, append, kept, load_tile, zeros
 
 
@@ -159,11 +159,11 @@ def _launch(
     )
     first, last = pieces[0].column, pieces[-1].column + pieces[-1].rank
     total = Sum.of(p[:, first:last], tiles.shares)
-    each = triton.cdiv(triton.cdiv(features, tiles.columns), tiles.shares) * tiles.columns
+    each = ceil_div(ceil_div(features, tiles.columns), tiles.shares) * tiles.columns
     parts = [a[piece.adapter][piece.first : piece.first + piece.rank] for piece in pieces]
     launch(
         _project,
-        (triton.cdiv(tokens, tiles.rows), tiles.shares),
+        (ceil_div(tokens, tiles.rows), tiles.shares),
         x,
         tuple(parts),
         tuple(part.stride(0) for part in parts),

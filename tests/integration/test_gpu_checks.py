@@ -1,0 +1,94 @@
+"""``benchmarks/gpu_checks.sh`` with a stand-in for Python: what it runs, and says of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_checks.sh"
+STAND_IN = """#!/bin/bash
+if [[ "$*" == - ]]; then
+  cat > /dev/null
+  [[ -n "$NO_GPU" ]] && { echo "no CUDA device"; exit 1; }
+  echo "a GPU"
+elif [[ "$*" == *"-c import xdist"* ]]; then
+  exit 1
+else
+  echo "ran $*"
+  echo "3 passed, 0 failed"
+  echo "rope, both, 8b: wanted 85% of the measured ceilings: missed by 20%, 68%"
+  echo "ratio 1.0"
+  [[ -n "$FAILS" && "$*" == *"$FAILS"* ]] && exit 1
+  exit 0
+fi
+"""
+STEPS = ("gpu_kernels", "gpu_tests", "gpu_tests_large", "gpu_kernels_speed", "gpu_loop_overhead")
+
+
+def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    python = folder / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    return subprocess.run(
+        ["bash", str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={
+            **os.environ,
+            "PYTHON": str(python),
+            "OUT": str(folder / "out"),
+            "NO_GPU": "",
+            "FAILS": "",
+            **environment,
+        },
+    )
+
+
+def verdicts(output: str) -> dict[str, str]:
+    """The last table: verdict by step, in the order of the table."""
+    rows = [line.split() for line in output.splitlines()]
+    kinds = ("passed", "FAILED", "skipped")
+    return {row[1]: row[0] for row in rows if len(row) > 2 and row[0] in kinds}
+
+
+def test_every_step_is_run_and_reported(tmp_path: Path) -> None:
+    done = run(tmp_path, COMMIT="abc")
+    assert done.returncode == 0, done.stdout
+    table = verdicts(done.stdout)
+    assert tuple(table)[: len(STEPS)] == STEPS
+    assert {table[step] for step in STEPS} == {"passed"}
+    ran = {step: (tmp_path / "out" / f"{step}.txt").read_text() for step in STEPS}
+    assert "kernels check --dtype bf16" in ran["gpu_kernels"]
+    assert "--ignore tests/gpu/test_gpu_kernels_large.py" in ran["gpu_tests"]
+    assert "--commit abc" in ran["gpu_kernels_speed"]
+    after = done.stdout.partition("\n\n")[2]
+    for wanted in ("a GPU", "3 passed", "missed by 20%", "ratio 1.0"):
+        assert wanted in after, wanted
+
+
+@pytest.mark.parametrize("fails", ["kernels check", "--ignore", "run.py"])
+def test_a_step_that_fails_is_named_and_the_others_go_on(tmp_path: Path, fails: str) -> None:
+    done = run(tmp_path, FAILS=fails)
+    assert done.returncode == 1
+    table = verdicts(done.stdout)
+    assert [table[step] for step in STEPS].count("FAILED") == 1
+    assert "exit code 1" in done.stdout
+
+
+def test_what_there_is_no_time_for_is_no_success(tmp_path: Path) -> None:
+    done = run(tmp_path, LIMIT="0")
+    assert done.returncode == 1
+    assert {verdicts(done.stdout)[step] for step in STEPS} == {"FAILED"}
+    assert "not begun: no time was left" in done.stdout
+
+
+def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
+    done = run(tmp_path, NO_GPU="1")
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout
+    assert not verdicts(done.stdout)
