@@ -19,6 +19,7 @@ from dtune.objectives.fingerprint import objective_fingerprint
 from dtune.optim.schedules import build_schedule
 from dtune.patch.apply import apply_patches, choose_patches
 from dtune.patch.base import PatchRow
+from dtune.patch.schema import Backend
 from dtune.runtime.logs import log
 from dtune.runtime.schema import Precision
 from dtune.runtime.world import World
@@ -58,7 +59,8 @@ def build_trained_model(
     weights = open_weights(run.model, model, spec, seed=run.seed) if load else None
     method = run.peft.build()
     report = method.inject(model, spec)
-    patches = apply_patches(model, kernels, spec)
+    required = run.kernels.name is not Backend.auto
+    patches = apply_patches(model, kernels, spec, required=required)
     log.info(
         "%s: %s of %s parameters trained",
         report.method,
@@ -67,6 +69,8 @@ def build_trained_model(
     )
     for row in patches:
         log.info("kernels: %s", row)
+    if kernels and not patches:
+        log.info("kernels: nothing of %s (%s) is known to them", spec.family, spec.path)
     return BuiltModel(model, spec, method, weights, report, patches)
 
 

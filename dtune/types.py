@@ -226,18 +226,6 @@ OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], "Optimizer"]
 ScheduleFactory = Callable[["Optimizer"], "LRScheduler"]
 
 
-class ReadsParameters:
-    """A module whose forward reads parameters of modules other than its children.
-
-    An engine that gathers parameters around the forward of the module that owns them has to gather
-    these around this module's.
-    """
-
-    def foreign_parameters(self) -> Iterator[nn.Parameter]:
-        """Those parameters."""
-        raise NotImplementedError
-
-
 LOSS_LABELS = "loss_labels"
 """Argument of a model that ``FusesLoss``: int64 [B, S], the target after each position."""
 NUM_TARGETS = "num_targets"

@@ -130,6 +130,11 @@ def _told(
 ) -> dict[str, Any]:
     """Arguments that tell an implementation where documents are; none where it finds out itself."""
     position_ids, mask = kwargs["position_ids"], kwargs.get("attention_mask")
+    whole_rows = count == position_ids.shape[0] and position_ids.device.type == "cpu"
+    if implementation == "sdpa" and whole_rows:
+        # No mask: torch's own causal attention computes half of the scores. To find out, as
+        # transformers does, costs nothing where there is no device to wait for.
+        return {}
     if implementation in ("sdpa", "eager"):
         additive = _embedding_dtype(model) if implementation == "eager" else None
         masks = causal_masks(model.config, position_ids, mask, additive)

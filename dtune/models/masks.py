@@ -5,14 +5,18 @@ Shape legend: B rows, S positions of a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-KNOWN = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"}
-)
-"""``model_type`` of models that take finished masks: one, or one for each of their layer types."""
+CAUSAL = frozenset({"llama", "granite"})
+"""``model_type`` of models whose layers have one mask, and never a window."""
+WINDOWED = frozenset({"mistral", "phi3"})
+"""Of models whose layers have one mask, with a window where the config has one."""
+TYPED = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})
+"""Of models that take a mask for each of their layer types."""
 
 Masks = torch.Tensor | dict[str, torch.Tensor]
 
@@ -59,7 +63,8 @@ def causal_masks(
     [B, 1, S, S], for models with layers of several types one by the name of each. Bool, or numbers
     to add in the dtype ``additive``. Padding sees padding, so that no position sees nothing.
     """
-    if config.model_type not in KNOWN:
+    family = config.model_type
+    if family not in CAUSAL | WINDOWED | TYPED or sees_ahead(config):
         return None
     documents_BS = document_starts(position_ids, attention_mask).cumsum(1)
     causal_SS = torch.ones(
@@ -74,9 +79,14 @@ def causal_masks(
         lowest = torch.finfo(additive).min
         return torch.zeros_like(seen, dtype=additive).masked_fill_(~seen, lowest)[:, None]
 
-    settings = config.to_dict()
-    window = settings.get("sliding_window")
-    if settings.get("layer_types") is None:
-        return finish(window)
-    windows = {"full_attention": None, "sliding_attention": window}
-    return {kind: finish(windows[kind]) for kind in dict.fromkeys(settings["layer_types"])}
+    # Only what the family reads: a Llama's config may hold a window that its layers ignore.
+    own: Any = config
+    if family in TYPED:
+        windows = {"full_attention": None, "sliding_attention": own.sliding_window}
+        return {kind: finish(windows[kind]) for kind in dict.fromkeys(own.layer_types)}
+    return finish(own.sliding_window if family in WINDOWED else None)
+
+
+def sees_ahead(config: PretrainedConfig) -> bool:
+    """Whether a position of the model sees those after it, as in an encoder made of Gemma 3."""
+    return bool(vars(config).get("use_bidirectional_attention"))

@@ -28,7 +28,6 @@ from dtune.types import (
     FlatShard,
     ModelSpec,
     OptimizerFactory,
-    ReadsParameters,
     ScheduleFactory,
     TensorSource,
 )
@@ -116,7 +115,6 @@ class DeepSpeedEngine:
         self._spread(model, base, settings)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._runtime = self._start(model, base, settings)
-        self._gather_foreign(model)
         zero = self._zero()
         layout = PartitionedLayout if self._config.stage == 3 else ReplicatedLayout
         self._layout = layout(zero, self.world)
@@ -141,15 +139,6 @@ class DeepSpeedEngine:
                 "train.compile=true gains nothing under parallel=zero3, whose gathering is Python "
                 "between the modules of a block; set train.compile=false, or parallel=fsdp"
             )
-
-    def _gather_foreign(self, model: nn.Module) -> None:
-        """Have stage 3 gather what a module reads of others around that module's forward."""
-        if self._config.stage != 3:
-            return
-        for module in model.modules():
-            if isinstance(module, ReadsParameters):
-                for parameter in module.foreign_parameters():
-                    self._deepspeed.zero.register_external_parameter(module, parameter)
 
     def _zero(self) -> Any:
         return self._runtime.optimizer

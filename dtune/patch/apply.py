@@ -10,9 +10,17 @@ from dtune_kernels.launch import require_triton, triton_problem
 from torch import nn
 
 from dtune.errors import ConfigError
-from dtune.patch.base import PATCHES, PatchRow, patch_names, restore_forward, rows_of
+from dtune.patch.base import (
+    PATCHES,
+    PatchRow,
+    is_replaced,
+    patch_names,
+    restore_forward,
+    rows_of,
+)
 from dtune.patch.fused import remove_fused
 from dtune.patch.schema import Backend, KernelsConfig
+from dtune.runtime.logs import log
 from dtune.types import ModelSpec
 
 
@@ -32,7 +40,8 @@ def choose_patches(config: KernelsConfig, device: torch.device | None) -> tuple[
             require_triton(device, key="kernels")
         except KernelUnavailable as error:
             raise ConfigError(str(error)) from error
-    if config.name is Backend.auto and triton_problem(device):
+    if config.name is Backend.auto and (problem := triton_problem(device)):
+        log.info("kernels=auto patches nothing here: %s", problem)
         return ()
     if config.name is Backend.reference and device.type != "cpu":
         raise ConfigError(
@@ -41,12 +50,16 @@ def choose_patches(config: KernelsConfig, device: torch.device | None) -> tuple[
     return tuple(config.patches)
 
 
-def apply_patches(model: nn.Module, names: tuple[str, ...], spec: ModelSpec) -> list[PatchRow]:
+def apply_patches(
+    model: nn.Module, names: tuple[str, ...], spec: ModelSpec, *, required: bool = True
+) -> list[PatchRow]:
     """Replace modules in place; a row for each kind of module that was replaced, or kept and why.
 
     Raises:
-        ConfigError: A patch does not exist, or none of them finds anything in this model.
+        ConfigError: A patch does not exist, or, if they are ``required``, none of them finds
+            anything in this model.
     """
+    assert not any(map(is_replaced, model.modules())), "the model is patched; unpatch it first"
     known = patch_names()
     for name in names:
         if name not in known:
@@ -60,7 +73,7 @@ def apply_patches(model: nn.Module, names: tuple[str, ...], spec: ModelSpec) -> 
         for change in found.changes:
             change.apply()
         rows.extend(rows_of(name, found))
-    if names and not any(row.reason == "" for row in rows):
+    if required and names and not any(row.reason == "" for row in rows):
         raise ConfigError(
             f"kernels.patches={list(names)} match no module of {spec.family} ({spec.path})"
             + "".join(f"; {row}" for row in rows)
@@ -70,7 +83,13 @@ def apply_patches(model: nn.Module, names: tuple[str, ...], spec: ModelSpec) -> 
 
 
 def unpatch(model: nn.Module) -> int:
-    """Take back every patch; the number of modules that are as they were again."""
+    """Take back every patch; the number of modules that are as they were again.
+
+    Not after an engine (FSDP) has put a class of its own over a patched module.
+    """
+    for module in model.modules():
+        covered = is_replaced(module) and "original_class" not in vars(type(module))
+        assert not covered, f"{type(module).__name__} covers a patch; unpatch before the engine"
     restored = sum(restore_forward(module) for module in list(model.modules()))
     remove_fused(model)
     return restored

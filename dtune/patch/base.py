@@ -143,6 +143,11 @@ def restore_forward(module: nn.Module) -> bool:
     return restored
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module has another forward now, also below what an engine made of its class."""
+    return any("original_class" in vars(cls) for cls in type(module).__mro__)
+
+
 def kind_of(module: nn.Module) -> str:
     """Name of a module's class as it was before any patch."""
     return next(c for c in type(module).__mro__ if "original_class" not in vars(c)).__name__

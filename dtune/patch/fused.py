@@ -1,12 +1,13 @@
 """Modules that compute with parameters which other modules own.
 
-A fused forward is a module of its own, without parameters, below the module that it serves: an
-engine that gathers parameters around a module's forward asks it what it reads.
+A fused forward is a module of its own, without parameters, below the module that it serves, and
+called with positional tensors: ZeRO-3 then finds what it reads, gathers it around the forward, and
+releases it after the backward of those tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from dtune_kernels.cross_entropy import linear_cross_entropy
@@ -15,7 +16,6 @@ from torch import nn
 
 from dtune.patch.families import HeadFacts, NormFacts
 from dtune.patch.linears import linear_of
-from dtune.types import ReadsParameters
 
 CHILD = "dtune_fused"
 """Name of the fused module below the module that it serves."""
@@ -34,7 +34,7 @@ class FoldedNorm:
         return Norm(weight, self.facts.eps, self.facts.gemma)
 
 
-class Fused(nn.Module, ReadsParameters):
+class Fused(nn.Module):
     """A group of linears, and the norm before them where it is folded in."""
 
     def __init__(self, linears: Sequence[nn.Module], norm: FoldedNorm | None) -> None:
@@ -42,13 +42,6 @@ class Fused(nn.Module, ReadsParameters):
         # In a tuple: the linears stay children of their own parents alone.
         self.linears = tuple(linears)
         self._norm = norm
-
-    def foreign_parameters(self) -> Iterator[nn.Parameter]:
-        """Everything that the forward reads."""
-        for linear in self.linears:
-            yield from linear.parameters()
-        if self._norm is not None:
-            yield from self._norm.module.parameters()
 
     def _arguments(self) -> tuple[list[Linear], Norm | None]:
         norm = None if self._norm is None else self._norm.arguments()
@@ -79,17 +72,13 @@ class FusedMlp(Fused):
         return lora_mlp(x, gate, up, down, activation=self._activation, norm=norm)
 
 
-class FusedHead(nn.Module, ReadsParameters):
+class FusedHead(nn.Module):
     """The losses of a language-model head, without its logits."""
 
     def __init__(self, head: nn.Linear, facts: HeadFacts) -> None:
         super().__init__()
         self._head = (head,)
         self._facts = facts
-
-    def foreign_parameters(self) -> Iterator[nn.Parameter]:
-        """Of the head."""
-        yield from self._head[0].parameters()
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int) -> torch.Tensor:
         """Sum of the cross entropies of labels [B, S] that hidden [B, S, D] predicts; fp32."""

@@ -13,6 +13,8 @@ from dtune_kernels.errors import KernelArgumentError
 from dtune_kernels.launch import Launch, recorded
 
 META = torch.device("meta")
+EDGE = Shape("edge", 1, hidden=24, ffn=40, heads=3, kv_heads=1, head_dim=8, vocab=50, rank=1)
+"""Sizes of 1, which Triton makes constants of; it must compile, and need not be fast."""
 CHOICES = {"activation": ("silu", "gelu", "gelu_tanh"), "kind": ("nf4", "fp4")}
 """Values of arguments that are strings, by name."""
 
@@ -36,8 +38,8 @@ class Planned:
 def plan(op: Op) -> Iterator[Planned]:
     """Launch an op on meta tensors, for each layer, dtype and switch that is compiled.
 
-    1B, 8B and 70B layers in bf16, 8B in fp32, and rank 64 for the ops of adapters. Each switch
-    alone, on the 8B layer in bf16: boolean arguments the other way; every other value of
+    1B, 8B and 70B layers in bf16, 8B in fp32, ``EDGE``, and ranks 64 and 1 of adapters. Each
+    switch alone, on the 8B layer in bf16: boolean arguments the other way; every other value of
     ``CHOICES``; 0.5 for all numbers that are 0.0, together; dropout. What an op refuses with
     KernelArgumentError is not compiled.
     """
@@ -53,8 +55,10 @@ def _cases(op: str) -> Iterator[tuple[str, Shape, torch.dtype]]:
     for shape in (LLAMA_8B, LLAMA_1B, LLAMA_70B):
         yield f"{shape.name} bf16", shape, torch.bfloat16
     if op.startswith(("lora", "dora")):
-        yield "8b bf16 r64", replace(LLAMA_8B, rank=64), torch.bfloat16
+        for rank in (64, 1):
+            yield f"8b bf16 r{rank}", replace(LLAMA_8B, rank=rank), torch.bfloat16
     yield "8b fp32", LLAMA_8B, torch.float32
+    yield EDGE.name, EDGE, torch.bfloat16
 
 
 def _switched(op: Op, arguments: Arguments) -> Iterator[tuple[str, Arguments]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -303,7 +304,11 @@ def _shown(pair: tuple[float, float]) -> str:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What a kernel that does not compile, or does not run, raises."""
+    """What a kernel that does not compile, or does not run, raises.
+
+    Triton has the code that launches a kernel compiled by the machine's C compiler.
+    """
+    failures = (RuntimeError, subprocess.CalledProcessError)
     if importlib.util.find_spec("triton") is None:
-        return (RuntimeError,)
-    return (RuntimeError, importlib.import_module("triton.errors").TritonError)
+        return failures
+    return (*failures, importlib.import_module("triton.errors").TritonError)

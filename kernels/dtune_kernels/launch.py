@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,8 +82,12 @@ def require_triton(device: torch.device, *, key: str) -> None:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot`` for operands of a dtype: PyTorch's own switch for TF32."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    """``input_precision`` of ``tl.dot`` for operands of a dtype: PyTorch's own switch for TF32.
+
+    ``allow_tf32`` and ``set_float32_matmul_precision`` set ``fp32_precision`` as well; reading
+    ``allow_tf32`` raises where the latter was set alone.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
@@ -89,6 +95,19 @@ def dot_precision(dtype: torch.dtype) -> str:
 def next_power_of_two(size: int) -> int:
     """Smallest power of two that is at least ``size``."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+@functools.cache
+def pipeliner_fails(device: torch.device) -> bool:
+    """Whether Triton fails to pipeline a loop in which one computed tile feeds several dots.
+
+    Triton 3.6 does, for compute capability 10: an assertion in Schedule.cpp.
+    """
+    # TODO(triton>=3.7): drop this once torch 2.11, which comes with 3.6, is no longer taken.
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    return version < (3, 7) and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -72,6 +72,7 @@ def test_plan_shows_what_would_be_patched_without_a_device(
 def test_a_compiled_patched_run_has_the_curve_of_the_run(tmp_path: Path) -> None:
     common = ("optim=sgd", "optim.lr=1e-2", "kernels=reference")
     eager = train(settings(tmp_path / "eager", *common))
+    torch._dynamo.reset()  # of what other tests have compiled
     counters.clear()
     compiled = train(settings(tmp_path / "compiled", *common, "train.compile=true"))
     assert_equal_curves(compiled, eager)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from dtune_kernels.catalog import CATALOG
+from dtune_kernels.check import errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 EMPTY = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
@@ -19,7 +20,8 @@ class _TritonOnCpu(TorchDispatchMode):
     ) -> Any:
         name = func._schema.name
         if name.startswith("dtune::"):
-            return CATALOG[name.removeprefix("dtune::")].triton(*args, **(kwargs or {}))
+            with self:  # what the launcher allocates, too
+                return CATALOG[name.removeprefix("dtune::")].triton(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         # What is allocated and not written must show.
         if name in EMPTY and out.is_floating_point():
@@ -38,17 +40,6 @@ def triton_on_cpu() -> Iterator[None]:
         yield
 
 
-def errors(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Error against fp64, in the Frobenius norm and at its largest, relative to ``exact``."""
-    exact = exact.double()
-    difference = got.double() - exact
-    largest = exact.abs().max()
-    return (
-        float(difference.norm() / exact.norm()),
-        float(difference.abs().max() / largest),
-    )
-
-
 def accepts(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> bool:
     """Whether the error is at most twice that of the plain path, or of one rounding."""
     if got.shape != exact.shape or not torch.isfinite(got).all():
@@ -60,7 +51,9 @@ def accepts(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> bool
     floor = torch.finfo(got.dtype).eps / 2
     return all(
         ours <= 2 * max(theirs, floor)
-        for ours, theirs in zip(errors(got, exact), errors(plain, exact), strict=True)
+        for ours, theirs in zip(
+            errors(got, exact.double()), errors(plain, exact.double()), strict=True
+        )
     )
 
 
@@ -76,16 +69,3 @@ def assert_parity(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -
     if exact.any():
         assert not accepts(torch.zeros_like(got), exact, plain), "zeros would pass"
         assert not accepts((got.double() * 1.05).to(got.dtype), exact, plain), "x1.05 would pass"
-
-
-def in_double(arguments: Sequence[Any]) -> list[Any]:
-    """Arguments with every floating tensor, also those in lists, in fp64."""
-    return [_to_double(argument) for argument in arguments]
-
-
-def _to_double(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.double()
-    if isinstance(value, list | tuple):
-        return type(value)(_to_double(item) for item in value)
-    return value

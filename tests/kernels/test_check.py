@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -210,6 +211,21 @@ def test_alternatives_and_operands_take_turns() -> None:
     assert called[-6:] == ["a0", "b0", "a1", "b1", "a0", "b0"]
     assert {timing.samples for timing in found.values()} == {3}
     assert all(0 <= one.low <= one.median <= one.high for one in found.values())
+
+
+def test_no_sample_is_the_first_to_hold_a_result() -> None:
+    # What a result needs for the first time is allocated by the device, which takes time.
+    alive: list[int] = []
+    results = weakref.WeakSet[torch.Tensor]()
+
+    def call() -> torch.Tensor:
+        alive.append(len(results))
+        result = torch.zeros(1)
+        results.add(result)
+        return result
+
+    measure({"a": [call] * 4}, CPU, rounds=6)
+    assert alive[-6:] == [4] * 6
 
 
 def test_time_decides_on_the_number_of_samples() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from dtune_kernels.check import errors
 from dtune_kernels.cross_entropy import linear_cross_entropy
 from torch.nn.functional import cross_entropy, linear
 
-from tests.kernels.compare import assert_parity, errors, triton_on_cpu
+from tests.kernels.compare import assert_parity, triton_on_cpu
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 0.7}
 OPTIONS = {

@@ -193,7 +193,7 @@ def test_a_frozen_head_costs_two_gemms_and_a_trained_one_three() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"weight": torch.zeros(9, 5)}, r"shape of weight is \[9, 5\], wanted \['any', 4\]"),
+        ({"weight": torch.zeros(9, 5)}, r"shape of weight is \[9, 5\], wanted \[any, 4\]"),
         ({"weight": torch.zeros(0, 4)}, r"shape of weight is \[0, 4\], wanted V > 0"),
         ({"weight": torch.zeros(9, 4).half()}, "dtype of weight is torch.float16"),
         ({"hidden": torch.zeros(3, 4).long()}, "dtype of hidden is torch.int64"),

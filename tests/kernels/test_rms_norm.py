@@ -108,3 +108,12 @@ def test_what_does_not_fit_is_named() -> None:
         rms_norm(torch.zeros(2, 6, dtype=torch.int64), torch.zeros(6), eps=EPS)
     with pytest.raises(KernelArgumentError, match=r"add_rms_norm: shape of residual is \[1, 6\]"):
         add_rms_norm(torch.zeros(2, 6), torch.zeros(1, 6), torch.zeros(6), eps=EPS)
+
+
+def test_triton_refuses_what_it_cannot_compute_as_exactly() -> None:
+    x = torch.ones(2, 8, dtype=torch.float64)
+    with triton_on_cpu(), pytest.raises(KernelArgumentError, match="rms_norm: dtype of x"):
+        rms_norm(x, torch.ones(8, dtype=torch.float64), eps=EPS)
+    wide = torch.ones(1, 32769)
+    with triton_on_cpu(), pytest.raises(KernelArgumentError, match="at most 32768"):
+        add_rms_norm(wide, wide, torch.ones(32769), eps=EPS)

@@ -100,7 +100,8 @@ def test_full_fine_tuning_keeps_its_linears_and_equals_the_step(family: str) -> 
     model, spec = adapted(family, peft="full")
     plain = train_step(model)
     rows = apply_patches(model, ALL, spec)
-    assert all("base weight is trained" in r.reason for r in rows if "q_proj" in r.modules)
+    kept = "its q, k and v are one linear already" if family == "phi3" else "its base weight is tr"
+    assert row(rows, "attention", "model.layers.*.self_attn").reason.startswith(kept)
     assert {r.patch for r in rows if not r.reason} == {"rms_norm", "rope", "mlp", "loss_head"}
     assert largest_difference(plain, train_step(model)) < ROUNDING
 
@@ -175,13 +176,27 @@ def test_a_patch_that_is_unknown_or_matches_nothing_is_refused() -> None:
         apply_patches(model, ("attention",), spec)
 
 
-def test_triton_is_never_left_out_silently() -> None:
+@pytest.mark.parametrize("peft", ["lora", "full"])
+def test_a_model_is_patched_once_and_again_after_unpatch(peft: str) -> None:
+    model, spec = adapted("gemma3", peft=peft)
+    plain = train_step(model)
+    rows = apply_patches(model, ALL, spec)
+    with pytest.raises(AssertionError, match="the model is patched"):
+        apply_patches(model, ALL, spec)
+    unpatch(model)
+    assert apply_patches(model, ALL, spec) == rows
+    assert largest_difference(plain, train_step(model)) < ROUNDING
+
+
+def test_triton_is_never_left_out_silently(caplog: pytest.LogCaptureFixture) -> None:
     cpu = torch.device("cpu")
     triton = KernelsConfig(Backend.triton, ["rope"])
     with pytest.raises(ConfigError, match="kernels=triton cannot run here: it needs a CUDA or RO"):
         choose_patches(triton, cpu)
     assert choose_patches(triton, None) == ("rope",)
-    assert choose_patches(KernelsConfig(Backend.auto, ["rope"]), cpu) == ()
+    with caplog.at_level("INFO", logger="dtune"):
+        assert choose_patches(KernelsConfig(Backend.auto, ["rope"]), cpu) == ()
+    assert "kernels=auto patches nothing here: it needs a CUDA" in caplog.text
     assert choose_patches(KernelsConfig(Backend.reference, ["rope"]), cpu) == ("rope",)
     with pytest.raises(ConfigError, match="kernels=torch applies no patches"):
         KernelsConfig(Backend.torch, ["rope"])
@@ -236,3 +251,11 @@ def test_a_patched_step_never_waits_for_the_device(family: str, dropout: float) 
         causal_loss(model, batch).total.backward()
     with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoSync():
         batch.labels.sum().item()
+
+
+def test_a_model_that_patches_do_not_know_is_left_alone_where_they_are_not_required() -> None:
+    model, spec = adapted("llama", peft="full")
+    kinds = [type(m) for m in model.modules()]
+    rows = apply_patches(model, ("attention",), spec, required=False)
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(r.reason for r in rows)

@@ -176,7 +176,7 @@ def with_adapters(
 
 @triton.jit
 def _add_one(share_ptr, out_ptr, rows, width, stride_out, count, BLOCK: tl.constexpr):
-    size = rows.to(tl.int64) * width
+    size = tl.cast(rows, tl.int64) * width  # rows that are 1 are a constant in a tuple
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for share in range(count):
@@ -224,7 +224,7 @@ def add_shares(sums: Sequence[Sum]) -> None:
     sums = [each for each in sums if each.shares.shape[0] != 1]
     if not sums:
         return
-    block = 1024
+    block = 512
     launch(
         _add_shares,
         (max(ceil_div(each.out.numel(), block) for each in sums), len(sums)),

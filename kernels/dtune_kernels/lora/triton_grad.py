@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dtune_kernels.launch import dot_precision, launch, num_multiprocessors
+from dtune_kernels.launch import dot_precision, launch, num_multiprocessors, pipeliner_fails
 from dtune_kernels.lora.dropout import keep_scale, threshold
 from dtune_kernels.lora.tiles import GRAD_WIDTH, Piece, ceil_div, grad_a_tiles, passes
 from dtune_kernels.lora.triton_common import Sum, add_shares, append, kept, load_tile, zeros
@@ -196,6 +196,8 @@ def _launch(
     sums = [Sum.of(_ranks(out[each.adapter], each, transposed), tiles.shares) for each in pieces]
     along_r, along_k = (2, 1) if transposed else (1, 2)
     blocks = ceil_div(ceil_div(tokens, tiles.rows), max(tiles.shares, 1))
+    together = norm is not None and len(pieces) > 1
+    stages = 1 if together and pipeliner_fails(x.device) else tiles.stages
     launch(
         _grad_a,
         (ceil_div(features, tiles.columns), tiles.shares),
@@ -226,7 +228,7 @@ def _launch(
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_stages=stages,
     )
     return sums
 

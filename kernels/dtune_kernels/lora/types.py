@@ -74,7 +74,7 @@ def check_linear(op: str, name: str, linear: Linear, *, inputs: int, x: torch.Te
     """Raise KernelArgumentError unless the linear takes rows of ``inputs`` features beside x."""
     shape = shape_of(linear.weight)
     fits = len(shape) == 2 and shape[1] == inputs
-    check(fits, op, f"shape of {name}.weight", got=list(shape), wanted=["any", inputs])
+    check(fits, op, f"shape of {name}.weight", got=list(shape), wanted=f"[any, {inputs}]")
     if isinstance(linear.weight, torch.Tensor):
         check_dtype(op, f"{name}.weight", linear.weight, FLOATS)
         check(

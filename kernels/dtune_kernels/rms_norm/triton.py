@@ -4,10 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
+from dtune_kernels.checks import check, check_dtype
 from dtune_kernels.launch import launch, next_power_of_two, num_multiprocessors
 
 MAX_FEATURES = 32768
 """A row must fit into the registers of one program."""
+UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -115,7 +117,11 @@ def _tile(features: int) -> dict[str, int]:
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, gemma: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the reference. The last dimension of ``x`` is contiguous."""
+    """See the reference. The last dimension of ``x`` is contiguous.
+
+    Refuses fp64, since the arithmetic is fp32, and rows of more than MAX_FEATURES.
+    """
+    _check("rms_norm", x)
     y, _, rstd = _launch_forward(x, None, weight, eps, gemma)
     return y, rstd
 
@@ -123,8 +129,19 @@ def rms_norm(
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, gemma: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See the reference. The last dimensions of ``x`` and ``residual`` are contiguous."""
+    """See the reference. The last dimensions of ``x`` and ``residual`` are contiguous.
+
+    Refuses fp64, since the arithmetic is fp32, and rows of more than MAX_FEATURES.
+    """
+    _check("add_rms_norm", x)
     return _launch_forward(x, residual, weight, eps, gemma)
+
+
+def _check(op: str, x: torch.Tensor) -> None:
+    check_dtype(op, "x", x, UP_TO_FP32)
+    features = x.shape[1]
+    wanted = f"at most {MAX_FEATURES}"
+    check(features <= MAX_FEATURES, op, "number of features", got=features, wanted=wanted)
 
 
 def _launch_forward(
