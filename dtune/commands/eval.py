@@ -19,6 +19,7 @@ from dtune.config.support import check_run
 from dtune.errors import ConfigError
 from dtune.optim.schema.adamw import AdamwConfig
 from dtune.parallel.schema.single import SingleConfig
+from dtune.patch.schema import Backend
 from dtune.run_folder import EXPORTS
 from dtune.runtime.schema import LogConfig
 
@@ -64,9 +65,16 @@ def _check_settings(argv: Sequence[str]) -> None:
 
 
 def _without_training(config: RunConfig) -> RunConfig:
-    """The config without what only training needs, and without the packages of that."""
+    """The config without what only training needs, and without the packages of that.
+
+    Kernels are used where they can run: what was trained with them is the same without.
+    """
+    kernels = config.kernels
+    if kernels.name is not Backend.torch:
+        kernels = replace(kernels, name=Backend.auto)
     return replace(
         config,
+        kernels=kernels,
         parallel=SingleConfig(),
         optim=AdamwConfig(),
         log=LogConfig(),

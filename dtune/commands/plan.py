@@ -58,9 +58,20 @@ def _model_rows(run: RunConfig) -> Rows:
         ("model", f"{run.model.path} ({spec.family}), {spec.num_parameters:,} parameters"),
         ("trained", f"{report.trainable:,} of {report.total:,} ({share:.3%})"),
         *[("replaced", f"{count} x {name}") for name, count in report.replaced.items()],
-        ("kernels", run.kernels.name.value + ("" if built.patches else ": no patches")),
+        ("kernels", _kernels(run, patched=bool(built.patches))),
         *[("patch", str(row)) for row in built.patches],
     ]
+
+
+def _kernels(run: RunConfig, *, patched: bool) -> str:
+    """The option, and whether what is planned could run here."""
+    from dtune.patch.apply import why_not_here
+
+    name = run.kernels.name.value
+    if not patched:
+        return f"{name}: no patches"
+    problem = why_not_here(run.kernels)
+    return f"{name}, planned for another machine: {problem}" if problem else name
 
 
 def _reachable(model: ModelConfig) -> ModelConfig:

@@ -24,6 +24,13 @@ from dtune.runtime.logs import log
 from dtune.types import ModelSpec
 
 
+def why_not_here(config: KernelsConfig) -> str:
+    """Why this machine's device cannot run the patches; empty if it can."""
+    if config.name not in (Backend.triton, Backend.auto):
+        return ""
+    return triton_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def choose_patches(config: KernelsConfig, device: torch.device | None) -> tuple[str, ...]:
     """Names of the patches that run on the device; None stands for one that runs them all.
 

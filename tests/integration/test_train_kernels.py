@@ -58,12 +58,28 @@ def test_triton_where_it_cannot_run_ends_before_anything_is_loaded(
     assert "set kernels=auto or kernels=torch" in said
 
 
+def test_what_was_trained_with_kernels_is_evaluated_without_where_they_cannot_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    train(settings(run_dir, "kernels=reference", held_out(tmp_path, rows=4)))
+    frozen = run_dir / "config.yaml"
+    text = frozen.read_text(encoding="utf-8")
+    assert "name: reference" in text
+    frozen.write_text(text.replace("name: reference", "name: triton"), encoding="utf-8")
+    assert main(["eval", f"run_dir={run_dir}"]) == 0
+    said = capfd.readouterr()
+    assert "kernels=auto patches nothing here: it needs a CUDA or ROCm device" in said.err
+    assert "loss" in said.out
+
+
 @pytest.mark.parametrize("model", ["tiny", "llama3_8b", "llama3_70b", "qwen3_8b", "mistral_7b"])
 def test_plan_shows_what_would_be_patched_without_a_device(
     model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", f"model={model}", "kernels=triton", f"run_dir={tmp_path / 'run'}"]) == 0
     said = capfd.readouterr().out
+    assert "triton, planned for another machine: it needs a CUDA or ROCm device" in said
     for patch in ("rope", "attention", "mlp", "lora_linear", "rms_norm", "loss_head"):
         assert f"  {patch}: " in said
 
