@@ -130,7 +130,9 @@ def test_dropout_drops_what_the_reference_drops(rate: float, seed: int) -> None:
 
 def by_bitsandbytes(weight: torch.Tensor, kind: str, nested: bool) -> tuple[Any, FourBitWeight]:
     """bitsandbytes' state, and the same bytes as dtune keeps them."""
-    functional = pytest.importorskip("bitsandbytes").functional
+    functional = pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed: nothing to compare its bits with"
+    ).functional
     codes, state = functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=nested, quant_type=kind
     )

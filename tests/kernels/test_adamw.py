@@ -212,9 +212,18 @@ def test_ranges_of_a_buffer_have_their_own_decay(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_buffer_is_left_alone(backend: str) -> None:
-    empty = torch.zeros(0)
-    ours(empty, [empty] * STEPS, backend=backend, **NUMBERS)
+def test_an_empty_range_changes_nothing(backend: str) -> None:
+    """Of a buffer whose other elements a wrong bound would reach."""
+    torch.manual_seed(0)
+    buffers = [torch.rand(8) for _ in range(3)]
+    before = [each.clone() for each in buffers]
+    master, exp_avg, exp_avg_sq = (each[4:4] for each in buffers)
+    numbers = {"lr": torch.tensor(1e-2), "step": torch.tensor(1), **NUMBERS}
+    with BACKENDS[backend]():
+        adamw_flat_(
+            master, torch.zeros(0), exp_avg, exp_avg_sq, shadow=None, clip_scale=None, **numbers
+        )
+    assert all(torch.equal(x, y) for x, y in zip(buffers, before, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

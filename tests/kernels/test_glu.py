@@ -151,7 +151,7 @@ def test_gradcheck(activation: str, backend: str) -> None:
     torch.manual_seed(0)
     gate, up = (torch.randn(3, 4, dtype=torch.double, requires_grad=True) for _ in range(2))
     with BACKENDS[backend]():
-        torch.autograd.gradcheck(lambda *a: glu(*a, activation), (gate, up))
+        assert torch.autograd.gradcheck(lambda *a: glu(*a, activation), (gate, up))
 
 
 def test_names_choose_the_activation() -> None:

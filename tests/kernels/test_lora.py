@@ -82,7 +82,7 @@ def run(case: Case, dtype: torch.dtype, *, ours: bool) -> list[torch.Tensor]:
     return [*(y.detach() for y in ys), *(each.grad for each in trained)]
 
 
-def compare(case: Case, dtype: torch.dtype, backend: str) -> None:
+def assert_as_near_as_plain(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Judge our results by the formula's in fp64 and in the dtype, from the same values."""
     norm = case.norm and replace(case.norm, weight=case.norm.weight.to(dtype))
     case = Case(
@@ -108,7 +108,7 @@ def compare(case: Case, dtype: torch.dtype, backend: str) -> None:
 def test_one_linear_is_as_near_as_plain(
     rank: int, dropout: float, dtype: torch.dtype, backend: str
 ) -> None:
-    compare(case([[rank]], dropout=dropout), dtype, backend)
+    assert_as_near_as_plain(case([[rank]], dropout=dropout), dtype, backend)
 
 
 @each_backend
@@ -118,26 +118,28 @@ def test_one_linear_is_as_near_as_plain(
 def test_a_group_is_as_near_as_plain(
     norm: str, dropout: float, dtype: torch.dtype, backend: str
 ) -> None:
-    compare(case(QKV, norm=norm, dropout=dropout), dtype, backend)
+    assert_as_near_as_plain(case(QKV, norm=norm, dropout=dropout), dtype, backend)
 
 
 @each_dtype
 def test_many_tiles_and_shares(dtype: torch.dtype) -> None:
     ranks = ((16,), (8,), (3,))
     one = case(ranks, sizes=(600, 300, 20), rows=300, inputs=600, dropout=0.1)
-    compare(one, dtype, "triton")
+    assert_as_near_as_plain(one, dtype, "triton")
 
 
 @each_dtype
 @pytest.mark.parametrize("ranks", [((256,), (16, 100), ()), ((130, 300),)])
 def test_ranks_that_take_several_passes(ranks: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
-    compare(case(ranks, sizes=(150, 70, 20), rows=70, inputs=90, dropout=0.1), dtype, "triton")
+    assert_as_near_as_plain(
+        case(ranks, sizes=(150, 70, 20), rows=70, inputs=90, dropout=0.1), dtype, "triton"
+    )
 
 
 @each_backend
 @pytest.mark.parametrize("rows", [1, 64, 0])
 def test_few_rows(rows: int, backend: str) -> None:
-    compare(case(QKV, rows=rows), torch.float32, backend)
+    assert_as_near_as_plain(case(QKV, rows=rows), torch.float32, backend)
 
 
 @each_backend
@@ -156,7 +158,7 @@ def test_any_strides(layout: str, backend: str) -> None:
     if layout == "three dimensions":
         x = torch.randn(5, 3, 36).transpose(0, 1)
         upstream = [torch.randn(3, 5, dy.shape[1]) for dy in upstream]
-    compare(replace(one, x=x, upstream=upstream), torch.float32, backend)
+    assert_as_near_as_plain(replace(one, x=x, upstream=upstream), torch.float32, backend)
 
 
 def test_one_dimension_is_one_row() -> None:
@@ -181,7 +183,7 @@ def test_adapters_may_have_any_strides(backend: str) -> None:
         )
         for each in one.linears
     ]
-    compare(replace(one, linears=linears), torch.float32, backend)
+    assert_as_near_as_plain(replace(one, linears=linears), torch.float32, backend)
 
 
 @each_backend
@@ -235,7 +237,7 @@ def test_gradcheck(norm: bool, dropout: float) -> None:
         torch.manual_seed(3)
         return lora_linears(x, linears, norm=Norm(weight, EPS, False) if norm else None)
 
-    torch.autograd.gradcheck(function, (x, *([weight] if norm else []), *leaves(linears)))
+    assert torch.autograd.gradcheck(function, (x, *([weight] if norm else []), *leaves(linears)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

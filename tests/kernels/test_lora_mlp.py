@@ -91,7 +91,7 @@ def run(case: Case, dtype: torch.dtype, *, ours: bool) -> list[torch.Tensor]:
     return [y.detach(), *(each.grad for each in trained)]
 
 
-def compare(case: Case, dtype: torch.dtype, backend: str) -> None:
+def assert_as_near_as_plain(case: Case, dtype: torch.dtype, backend: str) -> None:
     case = replace(
         case,
         linears=[rounded(one, dtype) for one in case.linears],
@@ -116,7 +116,7 @@ def compare(case: Case, dtype: torch.dtype, backend: str) -> None:
 def test_each_activation_is_as_near_as_plain(
     activation: str, dropout: float, dtype: torch.dtype, backend: str
 ) -> None:
-    compare(replace(case(dropout=dropout), activation=activation), dtype, backend)
+    assert_as_near_as_plain(replace(case(dropout=dropout), activation=activation), dtype, backend)
 
 
 @each_backend
@@ -128,13 +128,15 @@ def test_each_activation_is_as_near_as_plain(
 def test_partial_and_several_adapters(
     ranks: Sequence[Sequence[int]], dtype: torch.dtype, backend: str
 ) -> None:
-    compare(case(ranks, norm=True, bias=True, dropout=0.1), dtype, backend)
+    assert_as_near_as_plain(case(ranks, norm=True, bias=True, dropout=0.1), dtype, backend)
 
 
 @each_dtype
 def test_many_tiles(dtype: torch.dtype) -> None:
     ranks = ((100,), (33,), (70,))
-    compare(case(ranks, rows=70, width=70, features=200, dropout=0.1), dtype, "triton")
+    assert_as_near_as_plain(
+        case(ranks, rows=70, width=70, features=200, dropout=0.1), dtype, "triton"
+    )
 
 
 @each_backend
@@ -152,7 +154,7 @@ def test_any_strides(layout: str, backend: str) -> None:
         x, dy = x[:1], dy[:1]
     if layout == "empty":
         x, dy = x[:0], dy[:0]
-    compare(replace(one, x=x, dy=dy), torch.float32, backend)
+    assert_as_near_as_plain(replace(one, x=x, dy=dy), torch.float32, backend)
 
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
@@ -167,7 +169,7 @@ def test_gradcheck(activation: str, dropout: float) -> None:
         torch.manual_seed(3)
         return lora_mlp(x, *linears, activation=activation, norm=Norm(weight, EPS, True))
 
-    torch.autograd.gradcheck(function, (x, weight, *leaves(linears)))
+    assert torch.autograd.gradcheck(function, (x, weight, *leaves(linears)))
 
 
 # NumPy says so where the sigmoid is 0, as it should be.

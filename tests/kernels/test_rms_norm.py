@@ -87,8 +87,8 @@ def test_any_strides(layout: str) -> None:
 def test_gradcheck(gemma: bool) -> None:
     x, residual = (torch.randn(5, 6, dtype=torch.double, requires_grad=True) for _ in range(2))
     weight = torch.randn(6, dtype=torch.double, requires_grad=True)
-    torch.autograd.gradcheck(lambda *a: rms_norm(*a, eps=EPS, gemma=gemma), (x, weight))
-    torch.autograd.gradcheck(
+    assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, eps=EPS, gemma=gemma), (x, weight))
+    assert torch.autograd.gradcheck(
         lambda *a: add_rms_norm(*a, eps=EPS, gemma=gemma), (x, residual, weight)
     )
 

@@ -204,8 +204,8 @@ def test_gradcheck() -> None:
     q, k, cos, sin = (x.double() for x in inputs((1, 2, 1, 3, 6, 4), factor=1.3))
     q.requires_grad_()
     k.requires_grad_()
-    torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
-    torch.autograd.gradgradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
+    assert torch.autograd.gradgradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
 
 
 def test_compiles_without_a_break() -> None:
