@@ -1,5 +1,7 @@
 """Gated linear units in Triton: one read and one write of each element."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ def _sigmoids(z):
 
 
 @triton.jit
-def _act_and_slope(x, ACTIVATION: tl.constexpr):
+def act_and_slope(x, ACTIVATION: tl.constexpr) -> Any:
     """The activation and its derivative; the latter costs nothing where it is not used."""
     if ACTIVATION == "silu":
         gate = tl.sigmoid(x)
@@ -61,7 +63,7 @@ def _forward(
     rows, columns, mask = _tile_of(num_rows, features, ROWS, BLOCK)
     gate = tl.load(gate_ptr + rows * stride_gate + columns, mask, 0.0).to(wide)
     up = tl.load(up_ptr + rows * stride_up + columns, mask, 0.0).to(wide)
-    act, _ = _act_and_slope(gate, ACTIVATION)
+    act, _ = act_and_slope(gate, ACTIVATION)
     tl.store(h_ptr + rows * features + columns, (act * up).to(h_ptr.dtype.element_ty), mask)
 
 
@@ -89,7 +91,7 @@ def _backward(
     dh = tl.load(dh_ptr + rows * stride_dh + columns, mask, 0.0).to(wide)
     gate = tl.load(gate_ptr + rows * stride_gate + columns, mask, 0.0).to(wide)
     up = tl.load(up_ptr + rows * stride_up + columns, mask, 0.0).to(wide)
-    act, slope = _act_and_slope(gate, ACTIVATION)
+    act, slope = act_and_slope(gate, ACTIVATION)
     at = rows * features + columns
     tl.store(dgate_ptr + at, (dh * up * slope).to(dtype), mask)
     tl.store(dup_ptr + at, (dh * act).to(dtype), mask)

@@ -18,10 +18,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dtune_kernels.checks import check
+from dtune_kernels.glu.reference import ACTIVATIONS
 from dtune_kernels.layout import dense_rows
 from dtune_kernels.library import apply
 from dtune_kernels.lora import ops
-from dtune_kernels.lora.activations import ACTIVATIONS
 from dtune_kernels.lora.group import Group, Member, flatten, group_of, size_of
 from dtune_kernels.lora.types import Linear, Norm, check_input, check_linear, shape_of
 from dtune_kernels.rms_norm import ops as rms_norm

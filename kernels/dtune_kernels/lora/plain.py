@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from dtune_kernels.lora.activations import plain as activation_of
+from dtune_kernels.glu.reference import plain_glu
 from dtune_kernels.lora.reference import normed
 
 
@@ -105,7 +105,7 @@ def glu(
     whole = [gate.clone(), up.clone()]
     if p is not None:
         expand_(whole, p, b, member, scale, None, [0.0] * len(b))
-    return activation_of(whole[0], activation) * whole[1]
+    return plain_glu(whole[0], whole[1], activation)
 
 
 def glu_backward(
@@ -132,6 +132,6 @@ def glu_backward(
         expand_(whole, p, b, member, scale, None, [0.0] * len(b))
     leaves = [each.detach().requires_grad_() for each in whole]
     with torch.enable_grad():
-        h = activation_of(leaves[0], activation) * leaves[1]
+        h = plain_glu(leaves[0], leaves[1], activation)
         dgate, dup = torch.autograd.grad(h, leaves, dh)
     return dgate, dup, h.detach()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dtune_kernels.lora.activations import activated
+from dtune_kernels.glu import reference as glu_reference
 from dtune_kernels.lora.dropout import keep_scale, kept
 
 
@@ -154,10 +154,10 @@ def glu(
         b: Of each adapter [F, R].
         member: Of each adapter 0 for gate or 1 for up; never falls.
         scale: Of each adapter.
-        activation: See ``activations``.
+        activation: ``silu``, ``gelu`` or ``gelu_tanh``.
     """
     whole, other = _summed(gate, up, p, b, member, scale)
-    return (activated(whole, activation)[0] * other).to(gate.dtype)
+    return glu_reference.glu(whole, other, activation).to(gate.dtype)
 
 
 def glu_backward(
@@ -195,9 +195,8 @@ def glu_backward(
     if ds is not None:
         transposed, ones = [each.t() for each in a], [1.0] * len(a)
         upstream = _with_adapters(upstream, 0, ds, transposed, [0] * len(a), ones, seed, dropout)
-    act, slope = activated(whole, activation)
-    dgate = upstream * other * slope
-    return dgate.to(gate.dtype), (upstream * act).to(gate.dtype), (act * other).to(gate.dtype)
+    dgate, dup, h = glu_reference.glu_backward(upstream, whole, other, activation, True)
+    return dgate.to(gate.dtype), dup.to(gate.dtype), h.to(gate.dtype)
 
 
 def normed(

@@ -10,28 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dtune_kernels.glu.triton import act_and_slope
 from dtune_kernels.launch import dot_precision, launch
 from dtune_kernels.lora.tiles import Tiles, ceil_div, first_adapters, glu_tiles
 from dtune_kernels.lora.triton_common import LowRank, layout, with_adapters
-
-
-@triton.jit
-def activated(x, ACTIVATION: tl.constexpr) -> Any:
-    """act(x) and its derivative, fp32; see the reference."""
-    if ACTIVATION == "silu":
-        gate = tl.sigmoid(x)
-        slope = gate * (1.0 + x * tl.sigmoid(-x))
-    elif ACTIVATION == "gelu":
-        # 1 / sqrt(2) and 1 / sqrt(2 pi)
-        gate = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        slope = gate + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    else:
-        # 1 + tanh(z) = 2 sigmoid(2 z), and 2 sqrt(2 / pi)
-        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        gate = tl.sigmoid(z)
-        inner = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
-        slope = gate + x * gate * tl.sigmoid(-z) * inner
-    return x * gate, slope
 
 
 @triton.jit
@@ -84,7 +66,7 @@ def _glu(
         ROWS,
         COLUMNS,
     )
-    act, _ = activated(gate, ACTIVATION)
+    act, _ = act_and_slope(gate, ACTIVATION)
     columns = first + tl.arange(0, COLUMNS)
     mask = (rows < num_rows)[:, None] & (columns < features)[None, :]
     there = h_ptr + rows[:, None] * features + columns[None, :]
@@ -163,7 +145,7 @@ def _glu_backward(
         ROWS,
         COLUMNS,
     )
-    act, slope = activated(gate, ACTIVATION)
+    act, slope = act_and_slope(gate, ACTIVATION)
     columns = first + tl.arange(0, COLUMNS)
     mask = (rows < num_rows)[:, None] & (columns < features)[None, :]
     there = rows[:, None] * features + columns[None, :]
