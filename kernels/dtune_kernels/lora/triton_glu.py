@@ -17,6 +17,58 @@ from dtune_kernels.lora.triton_common import LowRank, layout, with_adapters
 
 
 @triton.jit
+def _gate_and_up(
+    gate_ptr,
+    up_ptr,
+    stride_gate,
+    stride_up,
+    low,
+    rows,
+    first,
+    num_rows,
+    features,
+    GATES: tl.constexpr,
+    COUNT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> Any:
+    """Tiles of gate and up with their adapters, fp32."""
+    gate = with_adapters(
+        gate_ptr,
+        stride_gate,
+        low,
+        rows,
+        first,
+        num_rows,
+        features,
+        0,
+        GATES,
+        LAYOUT,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+    )
+    up = with_adapters(
+        up_ptr,
+        stride_up,
+        low,
+        rows,
+        first,
+        num_rows,
+        features,
+        GATES,
+        COUNT,
+        LAYOUT,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+    )
+    return gate, up
+
+
+@triton.jit
 def _glu(
     gate_ptr,
     up_ptr,
@@ -36,23 +88,10 @@ def _glu(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
-    gate = with_adapters(
+    gate, up = _gate_and_up(
         gate_ptr,
-        stride_gate,
-        low,
-        rows,
-        first,
-        num_rows,
-        features,
-        0,
-        GATES,
-        LAYOUT,
-        PRECISION,
-        ROWS,
-        COLUMNS,
-    )
-    up = with_adapters(
         up_ptr,
+        stride_gate,
         stride_up,
         low,
         rows,
@@ -100,23 +139,10 @@ def _glu_backward(
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
-    gate = with_adapters(
+    gate, up = _gate_and_up(
         gate_ptr,
-        stride_gate,
-        low,
-        rows,
-        first,
-        num_rows,
-        features,
-        0,
-        GATES,
-        LAYOUT,
-        PRECISION,
-        ROWS,
-        COLUMNS,
-    )
-    up = with_adapters(
         up_ptr,
+        stride_gate,
         stride_up,
         low,
         rows,
