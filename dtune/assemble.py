@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from dtune.build import build_data, build_held_out, build_trained_model, prepare_engine
+from dtune.build import (
+    build_data,
+    build_held_out,
+    build_trained_model,
+    prepare_engine,
+    weights_of,
+)
 from dtune.checkpoint.adopt import Held
 from dtune.checkpoint.reader import CHECKPOINTS, load_checkpoint
 from dtune.checkpoint.writer import Checkpointer
@@ -36,9 +42,10 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
         run, data.train.fingerprint, last_sequence=data.loader.sequences_until(data.total_steps)
     )
     checkpoint = find_own_checkpoint(run, built, identity, data.total_steps, world)
-    speed = speed_of(built.model, built.spec, data.train.lengths, run.precision.name, world)
+    speed = speed_of(built.matrices, built.spec, data.train.lengths, run.precision.name, world)
+    weights = weights_of(built, seed=run.seed, start=run.peft.start)
     engine = run.parallel.build(world, run.precision.name)
-    prepare_engine(engine, built, run, built.method.source(built.model, run.seed), data.total_steps)
+    prepare_engine(engine, built, run, weights, data.total_steps)
     progress, held = RunProgress(), Held()
     if checkpoint is not None:
         load_checkpoint(checkpoint, engine=engine, identity=identity, world=world)
@@ -74,7 +81,8 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
         progress=progress,
         saved_step=held.saved_step,
     )
-    return trainer, Exporter(engine, built.method, tokenizer, world)
+    exporter = Exporter(engine, built.method, weights.held, built.frozen, tokenizer, world)
+    return trainer, exporter
 
 
 def assemble_evaluation(
@@ -85,9 +93,7 @@ def assemble_evaluation(
     built = build_trained_model(run, load=True, device=world.device)
     held_out = build_held_out(run, tokenizer, run.objective.build(tokenizer), world)
     assert held_out is not None, "data.eval_path was checked"
-    added = built.method.source(built.model, run.seed)
-    if exported is not None:
-        added = built.method.saved(str(exported))
+    weights = weights_of(built, seed=run.seed, start=exported or run.peft.start)
     engine = SingleConfig().build(world, run.precision.name)
-    prepare_engine(engine, built, run, added, total_steps=run.schedule.warmup_steps + 1)
+    prepare_engine(engine, built, run, weights, total_steps=run.schedule.warmup_steps + 1)
     return engine, held_out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +26,16 @@ from dtune.patch.schema import Backend
 from dtune.runtime.logs import log
 from dtune.runtime.schema import Precision
 from dtune.runtime.world import World
-from dtune.types import Engine, InjectReport, ModelSpec, Objective, PeftMethod, TensorSource
+from dtune.train.speed import MatrixCounts, count_matrices
+from dtune.types import (
+    Engine,
+    InjectReport,
+    ModelSpec,
+    Objective,
+    PeftMethod,
+    Quantizer,
+    TensorSource,
+)
 
 STORAGE = {
     Precision.fp32: torch.float32,
@@ -40,25 +52,45 @@ class BuiltModel:
     model: PreTrainedModel
     spec: ModelSpec
     method: PeftMethod
-    weights: TensorSource | None
-    """Of the base, by the names of the base; None where they are not to be loaded."""
+    quantizer: Quantizer
+    stored: TensorSource | None
+    """The base checkpoint, by its names; None where weights are not to be loaded."""
     report: InjectReport
+    quantized: Mapping[str, int]
+    """Type of quantised linear -> how often."""
+    frozen: Mapping[str, tuple[int, ...]]
+    """Shapes of the parameters that are not trained, as they were before quantisation."""
+    matrices: MatrixCounts
     patches: list[PatchRow]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the values of a built model come from, by its parameters' names."""
+
+    held: TensorSource
+    """The frozen base, and the first values of what of it is trained."""
+    added: TensorSource
+    """What the method added."""
 
 
 def build_trained_model(
     run: RunConfig, *, load: bool, device: torch.device | None = None
 ) -> BuiltModel:
-    """Model -> method -> patches, on the meta device: no weight is read.
+    """Model -> method -> quantisation of what is frozen -> patches, on the meta device.
 
-    With ``load`` the files of the weights are found and checked. ``device`` is where it will
-    compute; without one the patches are those of a device that can run them all.
+    No weight is read. With ``load`` the files of the weights are found and checked. ``device`` is
+    where it will compute; without one the patches are those of a device that can run them all.
     """
     kernels = choose_patches(run.kernels, device)
     model, spec = build_model(run.model, dtype=STORAGE[run.precision.name])
-    weights = open_weights(run.model, model, spec, seed=run.seed) if load else None
+    stored = open_weights(run.model, model, spec, seed=run.seed) if load else None
     method = run.peft.build()
     report = method.inject(model, spec)
+    frozen = {n: tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
+    matrices = count_matrices(model, spec)
+    quantizer = run.quant.build(device or torch.device("cpu"))
+    quantized = quantizer.quantize(model, spec, method.stored_name)
     required = run.kernels.name is not Backend.auto
     patches = apply_patches(model, kernels, spec, required=required)
     log.info(
@@ -67,23 +99,41 @@ def build_trained_model(
         f"{report.trainable:,}",
         f"{report.total:,}",
     )
+    for name, count in quantized.items():
+        log.info("quant=%s: %d x %s", run.quant.name, count, name)
     for row in patches:
         log.info("kernels: %s", row)
     if kernels and not patches:
         log.info("kernels: nothing of %s (%s) is known to them", spec.family, spec.path)
-    return BuiltModel(model, spec, method, weights, report, patches)
+    return BuiltModel(
+        model, spec, method, quantizer, stored, report, quantized, frozen, matrices, patches
+    )
+
+
+def weights_of(built: BuiltModel, *, seed: int, start: Path | None) -> Weights:
+    """Where the values come from; ``start``: exported weights of such a method to begin with.
+
+    ConfigError where ``start`` does not fit. Reads no values.
+    """
+    assert built.stored is not None, "the model was built without its weights"
+    method = built.method
+    stored = RenamedSource(built.stored, method.stored_name)
+    held = built.quantizer.source(method.base(stored))
+    added = method.source(stored, held, seed)
+    if start is not None:
+        added = ChainedSource([method.saved(str(start)), added])
+    return Weights(held, added)
 
 
 def prepare_engine(
-    engine: Engine, built: BuiltModel, run: RunConfig, added: TensorSource, total_steps: int
+    engine: Engine, built: BuiltModel, run: RunConfig, weights: Weights, total_steps: int
 ) -> None:
-    """Recompute -> compile -> shard -> load -> optimizer; ``added`` are what the method added."""
-    assert built.weights is not None, "the model was built without its weights"
+    """Recompute -> compile -> shard -> load -> optimizer."""
     engine.prepare(
         built.model,
         built.spec,
-        source=ChainedSource([added, RenamedSource(built.weights, built.method.stored_name)]),
-        optimizer=run.optim.build,
+        source=ChainedSource([weights.added, weights.held]),
+        optimizer=partial(run.optim.build, rate_factor=built.method.rate_factor),
         schedule=lambda optimizer: build_schedule(run.schedule, optimizer, total_steps),
         recompute=run.train.recompute,
         compile_blocks=run.train.compile,

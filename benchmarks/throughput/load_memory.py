@@ -108,12 +108,13 @@ def _load(world: Any, folder: Path, engine: str, method: str, precision: str) ->
     weights = open_weights(config, model, spec, seed=0)
     peft = PEFT.config(method)().build()
     peft.inject(model, spec)
+    stored = RenamedSource(weights, peft.stored_name)
     meta = [(p.numel(), p.requires_grad) for p in model.parameters()]
     built = PARALLEL.config(engine)().build(world, Precision(precision))
     built.prepare(
         model,
         spec,
-        source=ChainedSource([peft.source(model, 0), RenamedSource(weights, peft.stored_name)]),
+        source=ChainedSource([peft.source(stored, stored, 0), stored]),
         optimizer=AdamwConfig().build,
         schedule=lambda optimizer: build_schedule(ScheduleConfig(), optimizer, 10),
         recompute=Recompute.none,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 
 import xxhash
@@ -34,8 +35,14 @@ def identity_of(run: RunConfig, data_fingerprint: str, *, last_sequence: int) ->
     if run.data.packing:
         # Which rows share a sequence follows from it, and so when each of them comes.
         settings["data.max_length"] = run.data.max_length
-    for field in fields(run.peft):
-        settings[f"peft.{field.name}"] = getattr(run.peft, field.name)
+    for group, config in (("peft", run.peft), ("quant", run.quant)):
+        for field in fields(config):
+            # Where the first values came from is of no matter any more.
+            if field.name != "init_from":
+                value = getattr(config, field.name)
+                settings[f"{group}.{field.name}"] = (
+                    value.value if isinstance(value, Enum) else value
+                )
     return Identity(
         model=model_identity(run.model, seed=run.seed),
         data=data_fingerprint,

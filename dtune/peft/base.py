@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from dtune.types import TensorSource
+
 Initializer = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 """Makes the whole tensor of a shape, fp32 on CPU."""
 
@@ -55,6 +57,30 @@ class InitialSource:
         shape = self._shapes[name]
         generator = torch.Generator("cpu").manual_seed(keyed_seed(self._seed, name))
         return self._initializer(name)(shape, generator).reshape(-1)[start:stop]
+
+
+class Method:
+    """What most methods answer: the base as it is stored, one learning rate."""
+
+    def stored_name(self, name: str) -> str:
+        """The name itself."""
+        return name
+
+    def base(self, stored: TensorSource) -> TensorSource:
+        """The weights as they are stored."""
+        return stored
+
+    def source(self, stored: TensorSource, held: TensorSource, seed: int) -> TensorSource:
+        """Nothing: every value comes from the base."""
+        return InitialSource({}, _nothing, seed=seed)
+
+    def rate_factor(self, name: str) -> float:
+        """One."""
+        return 1.0
+
+
+def _nothing(name: str) -> Initializer:
+    raise KeyError(name)
 
 
 def keyed_seed(seed: int, name: str) -> int:

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
-from dtune.peft.base import Initializer, InitialSource, count_parameters
+from dtune.peft.base import Method, count_parameters
 from dtune.peft.export import ModelPlan, model_source, save_model
 from dtune.peft.schema.full import FullConfig
 from dtune.runtime.tensors import TensorEntry
 from dtune.types import InjectReport, ModelSpec, TensorSource
 
 
-class Full:
+class Full(Method):
     """Every parameter is trained, and saved with the stored buffers, in Hugging Face's layout."""
 
     export_name = "model"
@@ -50,14 +50,6 @@ class Full:
         trainable, total = count_parameters(model)
         return InjectReport("full", {}, trainable, total)
 
-    def source(self, model: nn.Module, seed: int) -> TensorSource:
-        """Nothing: every value comes from the base."""
-        return InitialSource({}, _nothing, seed=seed)
-
-    def stored_name(self, name: str) -> str:
-        """The name itself."""
-        return name
-
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write the model as ``from_pretrained`` reads it, in the dtype of its base."""
         buffers = ((name, self._model.get_buffer(name)) for name in self._buffers)
@@ -66,7 +58,3 @@ class Full:
     def saved(self, folder: str) -> TensorSource:
         """What ``save`` wrote."""
         return model_source(Path(folder))
-
-
-def _nothing(name: str) -> Initializer:
-    raise KeyError(name)

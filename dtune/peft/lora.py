@@ -17,6 +17,7 @@ from dtune.peft.base import (
     Initializer,
     InitialSource,
     LinearLike,
+    Method,
     count_parameters,
     freeze,
     replace_module,
@@ -76,7 +77,7 @@ class LoraLinear(nn.Module):
         return f"rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
 
 
-class Lora:
+class Lora(Method):
     """Low-rank updates of the linear layers that ``peft.targets`` names; all else is frozen."""
 
     export_name = "adapter"
@@ -102,7 +103,7 @@ class Lora:
         trainable, total = count_parameters(model)
         return InjectReport("lora", {"LoraLinear": len(self._targets)}, trainable, total)
 
-    def source(self, model: nn.Module, seed: int) -> TensorSource:
+    def source(self, stored: TensorSource, held: TensorSource, seed: int) -> TensorSource:
         """A as Kaiming-uniform with a = sqrt(5), B as zeros: the model starts equal to its base."""
         return InitialSource(self._shapes, _initializer, seed=seed)
 

@@ -30,14 +30,16 @@ class Speed:
         return tokens_per_second * self.flops_per_token / self.peak_flops
 
 
-def speed_of(
-    model: nn.Module,
-    spec: ModelSpec,
-    lengths: npt.NDArray[np.int64],
-    precision: Precision,
-    world: World,
-) -> Speed:
-    """Count a model with its method in place, for documents of these ``lengths`` in tokens."""
+@dataclass(frozen=True)
+class MatrixCounts:
+    """Parameters of matrix products; embedding look-ups multiply nothing."""
+
+    frozen: int
+    trained: int
+
+
+def count_matrices(model: nn.Module, spec: ModelSpec) -> MatrixCounts:
+    """Count a model with its method in place, before its linears become bytes."""
     embeddings = {
         id(parameter)
         for module in model.modules()
@@ -54,11 +56,22 @@ def speed_of(
             trained += parameter.numel()
         else:
             frozen += parameter.numel()
+    return MatrixCounts(frozen, trained)
+
+
+def speed_of(
+    matrices: MatrixCounts,
+    spec: ModelSpec,
+    lengths: npt.NDArray[np.int64],
+    precision: Precision,
+    world: World,
+) -> Speed:
+    """FLOPs for documents of these ``lengths`` in tokens, and the devices' peak."""
     text = spec.config.get_text_config()
     head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
     counts = FlopsModel(
-        frozen=frozen,
-        trained=trained,
+        frozen=matrices.frozen,
+        trained=matrices.trained,
         num_layers=text.num_hidden_layers,
         hidden=head_dim * text.num_attention_heads,
     )

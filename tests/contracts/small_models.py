@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dtune.models.sources import RenamedSource
 from dtune.types import ModelSpec, PeftMethod, Role, TensorSource
 
 SIZES = {
@@ -75,12 +76,36 @@ def _role(path: str) -> Role:
     return Role.attention if leaf in ATTENTION else Role.mlp
 
 
+class DictSource:
+    """A TensorSource over tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements of the flattened tensor."""
+        return self._tensors[name].detach().reshape(-1)[start:stop]
+
+
+def sources(method: PeftMethod, base: Path, *, seed: int = 0) -> tuple[TensorSource, TensorSource]:
+    """Values of the base as the injected model holds it, and of what the method added."""
+    stored = RenamedSource(DictSource(load_base(base).state_dict()), method.stored_name)
+    held = method.base(stored)
+    return held, method.source(stored, held, seed)
+
+
 def materialize(model: PreTrainedModel, method: PeftMethod, base: Path, *, seed: int = 0) -> None:
     """Give an injected meta model the base's weights and the method's initial values."""
-    stored = load_base(base).state_dict()
-    initial = method.source(model, seed)
+    held, added = sources(method, base, seed=seed)
     values = {
-        name: read_whole(initial, name) if name in initial else stored[method.stored_name(name)]
+        name: read_whole(added if name in added else held, name)
         for name, _ in model.named_parameters()
     }
     fill(model, values, base)

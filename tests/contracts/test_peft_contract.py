@@ -17,6 +17,7 @@ from tests.contracts.small_models import (
     materialize,
     read_whole,
     save_base,
+    sources,
     token_ids,
     trained_tensors,
 )
@@ -68,7 +69,7 @@ def test_every_parameter_is_stored_in_the_base_or_has_an_initial_value(
     model, spec = build_on_meta(base)
     stored = {name: tuple(p.shape) for name, p in model.named_parameters()}
     report = method.inject(model, spec)
-    initial = method.source(model, 0)
+    _, initial = sources(method, base)
     for name, parameter in model.named_parameters():
         assert parameter.is_meta, name
         if name in initial:

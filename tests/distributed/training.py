@@ -26,6 +26,7 @@ from dtune.parallel.schema import PARALLEL
 from dtune.patch.apply import apply_patches
 from dtune.patch.base import patch_names
 from dtune.peft.schema import PEFT
+from dtune.quant.schema import QUANT
 from dtune.runtime.schema import Precision, Recompute
 from dtune.runtime.world import World
 from dtune.types import IGNORE_INDEX, Batch, Engine, FlatShard
@@ -43,6 +44,7 @@ class Setup:
     engine: str = "single"
     engine_options: tuple[tuple[str, Any], ...] = ()
     peft: str = "full"
+    quant: str = "none"
     precision: str = "fp32"
     steps: int = 20
     micros: int = 2
@@ -117,16 +119,23 @@ def build_engine(world: World, setup: Setup) -> Engine:
     weights = open_weights(config, model, spec, seed=1)
     method = PEFT.config(setup.peft)().build()
     method.inject(model, spec)
+    quantizer = QUANT.config(setup.quant)().build(world.device)
+    quantizer.quantize(model, spec, method.stored_name)
     if setup.kernels:
         apply_patches(model, patch_names(), spec)
-    source = ChainedSource([method.source(model, 2), RenamedSource(weights, method.stored_name)])
+    stored = RenamedSource(weights, method.stored_name)
+    held = quantizer.source(method.base(stored))
+    source = ChainedSource([method.source(stored, held, 2), held])
     engine = PARALLEL.config(setup.engine)(**dict(setup.engine_options)).build(world, precision)
     schedule = ScheduleConfig(name=Shape.cosine, warmup_steps=2, min_factor=0.1)
     engine.prepare(
         model,
         spec,
         source=source,
-        optimizer=OPTIM.config(setup.optim)(lr=setup.lr, weight_decay=0.1).build,
+        optimizer=partial(
+            OPTIM.config(setup.optim)(lr=setup.lr, weight_decay=0.1).build,
+            rate_factor=method.rate_factor,
+        ),
         schedule=partial(build_schedule_of, schedule),
         recompute=Recompute(setup.recompute),
         compile_blocks=setup.compile_blocks,

@@ -19,7 +19,7 @@ from dtune.parallel.replica import allocate
 from dtune.peft.schema import PEFT
 from dtune.runtime.schema import Precision
 from dtune.runtime.world import World
-from dtune.train.speed import Speed, speed_of
+from dtune.train.speed import Speed, count_matrices, speed_of
 
 HIDDEN, LAYERS, VOCABULARY, LENGTH, ROWS = 64, 3, 96, 40, 2
 CPU = World(0, 1, 0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
@@ -53,7 +53,9 @@ def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model, spec = build_model(config, dtype=torch.float32)
     PEFT.config(request.param)().build().inject(model, spec)
     lengths = np.full(5, 2 * LENGTH)
-    formula = speed_of(model, spec, lengths, Precision.fp32, CPU).flops_per_token
+    formula = speed_of(
+        count_matrices(model, spec), spec, lengths, Precision.fp32, CPU
+    ).flops_per_token
     # Of whatever values: operations are counted.
     allocate(model, CPU.device)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
@@ -121,6 +123,10 @@ def test_documents_count_by_their_tokens(tmp_path: Path) -> None:
     model, spec = build_model(
         ModelConfig(path=str(tmp_path), init=Init.random), dtype=torch.float32
     )
-    mixed = speed_of(model, spec, np.array([90, 10]), Precision.fp32, CPU).flops_per_token
-    even = speed_of(model, spec, np.array([82, 82]), Precision.fp32, CPU).flops_per_token
+    mixed = speed_of(
+        count_matrices(model, spec), spec, np.array([90, 10]), Precision.fp32, CPU
+    ).flops_per_token
+    even = speed_of(
+        count_matrices(model, spec), spec, np.array([82, 82]), Precision.fp32, CPU
+    ).flops_per_token
     assert mixed == even  # (90**2 + 10**2) / 100 = 82

@@ -24,6 +24,7 @@ from tests.contracts.small_models import (
     materialize,
     read_whole,
     save_base,
+    sources,
     token_ids,
     trained_tensors,
 )
@@ -122,22 +123,22 @@ def test_only_adapters_are_trained_and_names_map_back(base: Path) -> None:
 
 
 def test_initial_values_depend_on_seed_and_name_alone(llama: Path) -> None:
-    model, method = injected(llama, LoraConfig(rank=4))
+    _, method = injected(llama, LoraConfig(rank=4))
     name, other = (f"model.layers.{i}.self_attn.q_proj.lora_A" for i in (0, 1))
-    whole = read_whole(method.source(model, 7), name).reshape(-1)
-    pieces = method.source(model, 7)
+    whole = read_whole(sources(method, llama, seed=7)[1], name).reshape(-1)
+    pieces = sources(method, llama, seed=7)[1]
     parts = [pieces.read(name, a, b) for a, b in ((50, 128), (0, 50))]
     assert torch.equal(torch.cat(parts[::-1]), whole)
-    few, few_method = injected(llama, LoraConfig(rank=4, targets=["q_proj"]))
-    assert torch.equal(few_method.source(few, 7).read(name, 0, 128), whole)
-    assert not torch.equal(method.source(model, 8).read(name, 0, 128), whole)
-    assert not torch.equal(method.source(model, 7).read(other, 0, 128), whole)
+    _, few_method = injected(llama, LoraConfig(rank=4, targets=["q_proj"]))
+    assert torch.equal(sources(few_method, llama, seed=7)[1].read(name, 0, 128), whole)
+    assert not torch.equal(sources(method, llama, seed=8)[1].read(name, 0, 128), whole)
+    assert not torch.equal(sources(method, llama, seed=7)[1].read(other, 0, 128), whole)
     assert "model.embed_tokens.weight" not in pieces
 
 
 def test_initial_values_are_distributed_as_in_peft(llama: Path) -> None:
     model, method = injected(llama, LoraConfig(rank=256, targets=["mlp"]))
-    source = method.source(model, 0)
+    source = sources(method, llama, seed=0)[1]
     for name, parameter in trained_parameters(model):
         values = read_whole(source, name)
         bound = 0.0 if name.endswith("lora_B") else 1 / math.sqrt(parameter.shape[1])

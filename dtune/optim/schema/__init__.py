@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,11 @@ from dtune.registry import Registry
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+
+def same_rate(name: str) -> float:
+    """Every parameter at the learning rate of ``optim.lr``."""
+    return 1.0
 
 
 @dataclass
@@ -35,8 +40,16 @@ class OptimConfig:
         """Optimizer state of one trained parameter, in bytes."""
         raise NotImplementedError(type(self))
 
-    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        """Import and construct the optimizer over the named trainable parameters."""
+    def build(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        rate_factor: Callable[[str], float] = same_rate,
+    ) -> Optimizer:
+        """Import and construct the optimizer over the named trainable parameters.
+
+        ``rate_factor`` multiplies ``lr``, by the parameter's name.
+        """
         raise NotImplementedError(type(self))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dtune.errors import ConfigError
-from dtune.optim.schema import OPTIM, OptimConfig
+from dtune.optim.schema import OPTIM, OptimConfig, same_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,11 +44,16 @@ class AdamwConfig(AdamConfig):
         """Two fp32 moments."""
         return 8
 
-    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    def build(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        rate_factor: Callable[[str], float] = same_rate,
+    ) -> Optimizer:
         """Import and construct the optimizer over the named trainable parameters."""
         from dtune.optim.optimizers import build_adamw
 
-        return build_adamw(self, named)
+        return build_adamw(self, named, rate_factor)
 
 
 @OPTIM.register
@@ -63,8 +68,13 @@ class Adamw8bitConfig(AdamConfig):
         """Two moments of 8 bits; their block scales are below 2 %."""
         return 2
 
-    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    def build(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        rate_factor: Callable[[str], float] = same_rate,
+    ) -> Optimizer:
         """Import and construct the optimizer over the named trainable parameters."""
         from dtune.optim.optimizers import build_adamw8bit
 
-        return build_adamw8bit(self, named)
+        return build_adamw8bit(self, named, rate_factor)

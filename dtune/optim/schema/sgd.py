@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dtune.errors import ConfigError
-from dtune.optim.schema import OPTIM, OptimConfig
+from dtune.optim.schema import OPTIM, OptimConfig, same_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +33,13 @@ class SgdConfig(OptimConfig):
         """One fp32 momentum, where there is any."""
         return 4 if self.momentum else 0
 
-    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    def build(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        rate_factor: Callable[[str], float] = same_rate,
+    ) -> Optimizer:
         """Import and construct the optimizer over the named trainable parameters."""
         from dtune.optim.optimizers import build_sgd
 
-        return build_sgd(self, named)
+        return build_sgd(self, named, rate_factor)

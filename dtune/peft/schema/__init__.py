@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtune.registry import Registry
@@ -16,6 +17,13 @@ class PeftConfig:
     """What is trained."""
 
     name: str = "???"
+    # Start from what such a run has exported: folder of an adapter (or model); none: anew.
+    init_from: str = "none"
+
+    @property
+    def start(self) -> Path | None:
+        """Folder of ``init_from``; None where the method starts anew."""
+        return None if self.init_from == "none" else Path(self.init_from).expanduser()
 
     def build(self) -> PeftMethod:
         """Import and construct the method."""
