@@ -29,7 +29,7 @@ from dtune.peft.schema import PEFT
 from dtune.quant.schema import QUANT
 from dtune.runtime.schema import Precision, Recompute
 from dtune.runtime.world import World
-from dtune.types import IGNORE_INDEX, Batch, Engine, FlatShard
+from dtune.types import IGNORE_INDEX, Batch, Engine, FlatShard, PeftMethod, TensorSource
 
 VOCABULARY = 128
 LENGTH = 24
@@ -44,6 +44,7 @@ class Setup:
     engine: str = "single"
     engine_options: tuple[tuple[str, Any], ...] = ()
     peft: str = "full"
+    peft_options: tuple[tuple[str, Any], ...] = ()
     quant: str = "none"
     precision: str = "fp32"
     steps: int = 20
@@ -104,8 +105,24 @@ def make_batch(step: int, micro: int, *, packed: bool, rows: int = 2) -> Batch:
     )
 
 
+@dataclass(frozen=True)
+class Built:
+    """A prepared engine, and what its weights are exported with."""
+
+    engine: Engine
+    method: PeftMethod
+    held: TensorSource
+    frozen: dict[str, tuple[int, ...]]
+    """Shapes of what is not trained, before quantisation."""
+
+
 def build_engine(world: World, setup: Setup) -> Engine:
     """A prepared engine; ``single`` runs by itself on whichever rank builds it."""
+    return build(world, setup).engine
+
+
+def build(world: World, setup: Setup) -> Built:
+    """The same with what belongs to it."""
     torch.manual_seed(0)
     if setup.engine == "single":
         world = replace(world, rank=0, size=1)
@@ -117,8 +134,9 @@ def build_engine(world: World, setup: Setup) -> Engine:
     )
     model, spec = build_model(config, dtype=COMPUTE_DTYPES[precision], device=world.device)
     weights = open_weights(config, model, spec, seed=1)
-    method = PEFT.config(setup.peft)().build()
+    method = PEFT.config(setup.peft)(**dict(setup.peft_options)).build()
     method.inject(model, spec)
+    frozen = {n: tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
     quantizer = QUANT.config(setup.quant)().build(world.device)
     quantizer.quantize(model, spec, method.stored_name)
     if setup.kernels:
@@ -141,7 +159,7 @@ def build_engine(world: World, setup: Setup) -> Engine:
         compile_blocks=setup.compile_blocks,
     )
     engine.model.train()
-    return engine
+    return Built(engine, method, held, frozen)
 
 
 def build_schedule_of(config: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:
