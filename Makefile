@@ -2,6 +2,7 @@
 #   make train    fine-tune the embedded model, a few minutes on two CPU cores
 #   make test     the whole test suite             make quick   the fast part of it
 #   make check    ruff, mypy, layers, budgets      make docs    write the generated docs anew
+#   make matrix   every method on every base under every engine, and docs/matrix.md
 #   make gpu      the checks that need a GPU       make pin     write constraints.txt anew
 #   make clean    remove what make made
 # Arguments go in ARGS: make train ARGS="peft=full seed=1", make test ARGS="-k resume".
@@ -21,7 +22,7 @@ PINNED := pyproject.toml constraints.txt
 # Processes of the suite; each test that starts ranks starts two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test quick check gpu docs pin clean
+.PHONY: train test quick matrix check gpu docs pin clean
 
 train: $(VENV)/.installed
 	@$(BIN)/dtune train experiment=quickstart $(ARGS)
@@ -31,6 +32,10 @@ test: $(VENV)/.installed-dev
 
 quick: $(VENV)/.installed-dev
 	@$(PYTEST) -m "not slow" tests/unit tests/contracts $(ARGS)
+
+# ARGS="lora nf4" runs only the cells that have one of the words in their name.
+matrix: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.run $(ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -25,6 +25,11 @@ class Illegal:
 
 ILLEGAL: tuple[Illegal, ...] = (
     Illegal(
+        {"peft": frozenset({"full"}), "quant": frozenset({"nf4", "fp4", "int8"})},
+        "weights of 4 or 8 bits cannot be trained, and full fine-tuning trains all of them",
+        "peft=lora, or quant=none",
+    ),
+    Illegal(
         {
             "optim": frozenset({"adamw8bit"}),
             "parallel": frozenset({"fsdp", "zero1", "zero2", "zero3"}),

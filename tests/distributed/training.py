@@ -62,6 +62,10 @@ class Setup:
     grad_scale_error: float = 1.0
     """Factor on the engine's grad_scale; anything but 1 must be noticed."""
 
+    def alone(self) -> Setup:
+        """The same in one process, as it is right."""
+        return replace(self, engine="single", engine_options=(), grad_scale_error=1.0)
+
 
 def _document(generator: torch.Generator, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels of one document: its first third is not trained on."""
@@ -111,6 +115,7 @@ class Built:
 
     engine: Engine
     method: PeftMethod
+    stored: TensorSource
     held: TensorSource
     frozen: dict[str, tuple[int, ...]]
     """Shapes of what is not trained, before quantisation."""
@@ -121,8 +126,8 @@ def build_engine(world: World, setup: Setup) -> Engine:
     return build(world, setup).engine
 
 
-def build(world: World, setup: Setup) -> Built:
-    """The same with what belongs to it."""
+def build(world: World, setup: Setup, *, saved: Path | None = None) -> Built:
+    """The same with what belongs to it; ``saved``: exported weights of the method to start with."""
     torch.manual_seed(0)
     if setup.engine == "single":
         world = replace(world, rank=0, size=1)
@@ -143,7 +148,8 @@ def build(world: World, setup: Setup) -> Built:
         apply_patches(model, patch_names(), spec)
     stored = RenamedSource(weights, method.stored_name)
     held = quantizer.source(method.base(stored))
-    source = ChainedSource([method.source(stored, held, 2), held])
+    first = [] if saved is None else [method.saved(str(saved))]
+    source = ChainedSource([*first, method.source(stored, held, 2), held])
     engine = PARALLEL.config(setup.engine)(**dict(setup.engine_options)).build(world, precision)
     schedule = ScheduleConfig(name=Shape.cosine, warmup_steps=2, min_factor=0.1)
     engine.prepare(
@@ -159,7 +165,7 @@ def build(world: World, setup: Setup) -> Built:
         compile_blocks=setup.compile_blocks,
     )
     engine.model.train()
-    return Built(engine, method, held, frozen)
+    return Built(engine, method, stored, held, frozen)
 
 
 def build_schedule_of(config: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:
@@ -214,6 +220,18 @@ class StateSource:
         shard = self._shards[name]
         assert shard.start <= start <= stop <= shard.stop
         return shard.local[start - shard.start : stop - shard.start]
+
+
+def copied(built: Built) -> tuple[StateSource, dict[str, float | int]]:
+    """What a checkpoint taken now gives back."""
+    state = built.engine.state()
+    return StateSource(state.shards), dict(state.scalars)
+
+
+def put_back(built: Built, state: tuple[StateSource, dict[str, float | int]]) -> None:
+    """Go on from what ``copied`` took."""
+    source, scalars = state
+    built.engine.load_state(source, scalars)
 
 
 def _tensors(engine: Engine) -> dict[str, torch.Tensor]:
