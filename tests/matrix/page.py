@@ -21,12 +21,12 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 HEAD = f"""# The matrix: method x base x engine
 
 Written by `make matrix`, which runs every cell on two processes with the embedded model in fp32.
-A cell holds if {STEPS} steps equal those of one process (loss and gradient norm of each step, at most
-{CURVE_LIMIT:g} apart), if the steps from the middle, done again from a state, are the same bit for bit, and if
-the exported files load in Hugging Face `peft` (or `transformers`, for methods that export a whole model;
-in dtune for `adapter`, which `peft` has not) with the same logits (at most {LOGIT_LIMIT:g} apart).
-Under `zero3` every parameter is cut into pieces, also those that DeepSpeed would leave whole.
-Raw numbers: `tests/matrix/result.json`.
+A cell holds if {STEPS} steps equal those of one process (loss and gradient norm of each step, at
+most {CURVE_LIMIT:g} apart), if the steps from the middle, done again from a state, are the same bit
+for bit, and if the exported files load in Hugging Face `peft` (or `transformers`, for methods that
+export a whole model; in dtune for `adapter`, which `peft` has not) with the same logits (at most
+{LOGIT_LIMIT:g} apart). Under `zero3` every parameter is cut into pieces, also those that DeepSpeed
+would leave whole. Raw numbers: `tests/matrix/result.json`.
 """
 
 

@@ -22,9 +22,8 @@ from tests.matrix.page import PAGE, RESULT, render, versions
 def main(words: list[str]) -> int:
     """Run and write; the exit code."""
     cells = legal_cells()
-    rows = (
-        {} if not words else {name_of(row): row for row in json.loads(RESULT.read_text())["cells"]}
-    )
+    before = json.loads(RESULT.read_text(encoding="utf-8"))["cells"] if words else []
+    rows = {name_of(row): row for row in before}
     asked = [cell for cell in cells if not words or any(word in str(cell) for word in words)]
     pool = Pool(2)
     with tempfile.TemporaryDirectory() as folder:
