@@ -17,18 +17,17 @@ from dtune.checkpoint.reader import CHECKPOINTS, load_checkpoint
 from dtune.checkpoint.writer import Checkpointer
 from dtune.config.identity import identity_of
 from dtune.config.run import RunConfig
-from dtune.evaluate.heldout import HeldOut
 from dtune.models.load import load_tokenizer
 from dtune.optim.schedules import check_steps
-from dtune.parallel.schema.single import SingleConfig
 from dtune.resume import find_own_checkpoint, go_on
 from dtune.run_folder import keep_old
 from dtune.runtime.world import World
 from dtune.train.export import Exporter
+from dtune.train.participant import WithMethod
 from dtune.train.sinks.build import build_sinks
 from dtune.train.speed import speed_of
 from dtune.train.trainer import Cadence, RunProgress, Trainer
-from dtune.types import Engine
+from dtune.types import TakesPartInSteps
 
 
 def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
@@ -46,9 +45,11 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     weights = weights_of(built, seed=run.seed, start=run.peft.start)
     engine = run.parallel.build(world, run.precision.name)
     prepare_engine(engine, built, run, weights, data.total_steps)
+    participant = built.method if isinstance(built.method, TakesPartInSteps) else None
     progress, held = RunProgress(), Held()
     if checkpoint is not None:
-        load_checkpoint(checkpoint, engine=engine, identity=identity, world=world)
+        whole = WithMethod(engine, participant, world)
+        load_checkpoint(checkpoint, engine=whole, identity=identity, world=world)
         progress, held = go_on(checkpoint, Path(run.run_dir), data.total_steps, world)
     elif world.is_first:
         # Of an attempt that ended before it saved: the same steps come again.
@@ -79,21 +80,8 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
         tokenizer=tokenizer,
         run_dir=Path(run.run_dir),
         progress=progress,
+        participant=participant,
         saved_step=held.saved_step,
     )
     exporter = Exporter(engine, built.method, weights.held, built.frozen, tokenizer, world)
     return trainer, exporter
-
-
-def assemble_evaluation(
-    run: RunConfig, world: World, exported: Path | None
-) -> tuple[Engine, HeldOut]:
-    """Build what evaluates exported weights; None: the base, which every method starts at."""
-    tokenizer = load_tokenizer(run.model)
-    built = build_trained_model(run, load=True, device=world.device)
-    held_out = build_held_out(run, tokenizer, run.objective.build(tokenizer), world)
-    assert held_out is not None, "data.eval_path was checked"
-    weights = weights_of(built, seed=run.seed, start=exported or run.peft.start)
-    engine = SingleConfig().build(world, run.precision.name)
-    prepare_engine(engine, built, run, weights, total_steps=run.schedule.warmup_steps + 1)
-    return engine, held_out

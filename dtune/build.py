@@ -16,13 +16,20 @@ from dtune.data.loader import Loader
 from dtune.data.prompts import Prompt, read_prompts
 from dtune.data.tokenize import prepare_dataset
 from dtune.evaluate.heldout import HeldOut
-from dtune.models.load import build_model, open_weights
+from dtune.models.load import build_model, open_weights, quantized_by_files
 from dtune.models.sources import ChainedSource, RenamedSource
 from dtune.objectives.fingerprint import objective_fingerprint
 from dtune.optim.schedules import build_schedule
 from dtune.patch.apply import apply_patches, choose_patches
 from dtune.patch.base import PatchRow
 from dtune.patch.schema import Backend
+from dtune.peft.tokens import check_trained
+from dtune.quant.stored import (
+    check_stored_base,
+    check_stored_linears,
+    check_stored_settings,
+    with_stored_floats,
+)
 from dtune.runtime.logs import log
 from dtune.runtime.schema import Precision
 from dtune.runtime.world import World
@@ -85,12 +92,18 @@ def build_trained_model(
     kernels = choose_patches(run.kernels, device)
     model, spec = build_model(run.model, dtype=STORAGE[run.precision.name])
     stored = open_weights(run.model, model, spec, seed=run.seed) if load else None
+    if stored is not None:
+        spec = quantized_by_files(stored, spec)
+    check_stored_settings(run.quant, spec)
     method = run.peft.build()
     report = method.inject(model, spec)
+    check_trained(model, spec, peft=run.peft.name)
     frozen = {n: tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
-    matrices = count_matrices(model, spec)
-    quantizer = run.quant.build(device or torch.device("cpu"))
+    matrices = count_matrices(model)
+    quant = with_stored_floats(run.quant, spec)
+    quantizer = quant.build(device or torch.device("cpu"))
     quantized = quantizer.quantize(model, spec, method.stored_name)
+    check_stored_linears(model, spec, method.stored_name)
     required = run.kernels.name is not Backend.auto
     patches = apply_patches(model, kernels, spec, required=required)
     log.info(
@@ -118,7 +131,9 @@ def weights_of(built: BuiltModel, *, seed: int, start: Path | None) -> Weights:
     assert built.stored is not None, "the model was built without its weights"
     method = built.method
     stored = RenamedSource(built.stored, method.stored_name)
-    held = built.quantizer.source(method.base(stored))
+    base = method.base(stored)
+    check_stored_base(built.spec, changed=base is not stored)
+    held = built.quantizer.source(base)
     added = method.source(stored, held, seed)
     if start is not None:
         added = ChainedSource([method.saved(str(start)), added])
@@ -137,6 +152,7 @@ def prepare_engine(
         schedule=lambda optimizer: build_schedule(run.schedule, optimizer, total_steps),
         recompute=run.train.recompute,
         compile_blocks=run.train.compile,
+        offload=run.train.offload_activations,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``dtune train | eval | config | plan | doctor | kernels``.
+"""The command line: ``dtune COMMAND [settings]``, one module of ``dtune.commands`` each.
 
 Exit codes: 0 done, 1 a failure, 2 the config, the data or the disk is wrong (trying again does
 not help), 75 stopped by a signal with everything saved. Nothing here imports torch before the
@@ -17,6 +17,10 @@ USAGE = """dtune fine-tunes Hugging Face language models. Settings are group=opt
 
   dtune train [settings]             fine-tune; -m sweeps over settings given as a,b,c
   dtune eval run_dir=RUN [settings]  loss and exact match of what a run has trained
+  dtune chat run_dir=RUN             talk to what a run has trained, or to any model
+  dtune generate run_dir=RUN prompts=FILE   answers to a file of prompts
+  dtune merge run_dir=RUN out=FOLDER        the adapter merged into its base, and verified
+  dtune export gguf                  how a merged model becomes a GGUF file
   dtune plan [settings]              what a run would do, without loading weights
   dtune config [settings]            the composed config of a run
   dtune doctor                       versions, devices, and what is missing for what

@@ -39,7 +39,7 @@ from dtune.checkpoint.rng import restore_rng
 from dtune.errors import CheckpointError, ConfigError
 from dtune.runtime.tensors import DTYPE_NAMES, FileSource
 from dtune.runtime.world import World
-from dtune.types import Engine
+from dtune.types import Stateful
 
 log = logging.getLogger("dtune")
 
@@ -183,7 +183,7 @@ def find_gaps(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def load_checkpoint(
-    info: CheckpointInfo, *, engine: Engine, identity: Identity, world: World
+    info: CheckpointInfo, *, engine: Stateful, identity: Identity, world: World
 ) -> None:
     """Put a prepared engine, and the generators of this process, where the checkpoint was.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-COMMANDS = ("train", "eval", "config", "plan", "doctor", "kernels")
+COMMANDS = (
+    *("train", "eval", "chat", "generate", "merge", "export"),
+    *("config", "plan", "doctor", "kernels"),
+)
 
 
 def load_command(name: str) -> Callable[[list[str]], int]:

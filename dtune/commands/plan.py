@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtune_launch.gpus import resolve_nproc
 
@@ -15,6 +16,10 @@ from dtune.config.support import accumulation_steps, check_run
 from dtune.errors import ConfigError
 from dtune.models.schema import ModelConfig
 from dtune.resources import resolve_path
+
+if TYPE_CHECKING:
+    from dtune.build import BuiltModel
+    from dtune.types import Batch
 
 Rows = list[tuple[str, str]]
 
@@ -27,7 +32,14 @@ def run(argv: list[str]) -> int:
     config = load_frozen(text)
     world_size = resolve_nproc(config.launch, engine=config.parallel.name)
     check_run(config, world_size)
-    rows = [*_batch_rows(config, world_size), *_model_rows(config), *_data_rows(config, world_size)]
+    built = _build(config)
+    data, batch = _data_rows(config, world_size)
+    rows = [
+        *_batch_rows(config, world_size),
+        *_model_rows(config, built),
+        *data,
+        *_memory_rows(config, built, world_size, batch),
+    ]
     width = max(len(name) for name, _ in rows)
     sys.stdout.write(text + "\n")
     sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in rows)
@@ -47,11 +59,13 @@ def _batch_rows(run: RunConfig, world_size: int) -> Rows:
     ]
 
 
-def _model_rows(run: RunConfig) -> Rows:
+def _build(run: RunConfig) -> BuiltModel:
     from dtune.build import build_trained_model
 
-    planned = dataclasses.replace(run, model=_reachable(run.model))
-    built = build_trained_model(planned, load=False)
+    return build_trained_model(dataclasses.replace(run, model=_reachable(run.model)), load=False)
+
+
+def _model_rows(run: RunConfig, built: BuiltModel) -> Rows:
     report, spec = built.report, built.spec
     share = report.trainable / report.total
     return [
@@ -61,6 +75,15 @@ def _model_rows(run: RunConfig) -> Rows:
         ("kernels", _kernels(run, patched=bool(built.patches))),
         *[("patch", str(row)) for row in built.patches],
     ]
+
+
+def _memory_rows(run: RunConfig, built: BuiltModel, world_size: int, batch: Batch | None) -> Rows:
+    """What the fullest rank holds; turns the built model into tensors without values."""
+    from dtune.commands.plan_memory import memory_rows
+
+    return memory_rows(
+        run, built, batch, world_size, accumulates=accumulation_steps(run, world_size) > 1
+    )
 
 
 def _kernels(run: RunConfig, *, patched: bool) -> str:
@@ -88,7 +111,8 @@ def _reachable(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def _data_rows(run: RunConfig, world_size: int) -> Rows:
+def _data_rows(run: RunConfig, world_size: int) -> tuple[Rows, Batch | None]:
+    """Rows about the data, and the micro batch of the first step that trains most tokens."""
     from dtune.build import build_data
     from dtune.models.load import load_tokenizer
     from dtune.runtime.world import World
@@ -97,7 +121,7 @@ def _data_rows(run: RunConfig, world_size: int) -> Rows:
         tokenizer = load_tokenizer(run.model)
     except ConfigError as error:
         steps = str(run.train.max_steps) if run.train.max_steps else "known once data are tokenised"
-        return [("steps", steps), ("data", f"not tokenised: {error}")]
+        return [("steps", steps), ("data", f"not tokenised: {error}")], None
     world = World.start()
     data = build_data(run, tokenizer, world, world_size=world_size)
     report, per_step = data.train.report, run.train.global_batch_size
@@ -105,8 +129,9 @@ def _data_rows(run: RunConfig, world_size: int) -> Rows:
     # The last step may be part empty.
     epochs = data.loader.sequences_until(data.total_steps) / sequences
     kind = f"packed sequences of {run.data.max_length}" if run.data.packing else "padded rows"
+    batch = max(data.loader.batches(0), key=lambda batch: batch.num_targets)
     world.stop()
-    return [
+    rows = [
         *[("data", line) for line in report.lines()],
         ("sequences", f"{sequences:,} {kind} an epoch"),
         ("steps", f"{data.total_steps:,} of {per_step} sequences = {epochs:.2f} epochs"),
@@ -115,3 +140,4 @@ def _data_rows(run: RunConfig, world_size: int) -> Rows:
             f"{round(report.tokens * epochs):,}, {round(report.trained_tokens * epochs):,} trained",
         ),
     ]
+    return rows, batch

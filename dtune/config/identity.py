@@ -35,6 +35,8 @@ def identity_of(run: RunConfig, data_fingerprint: str, *, last_sequence: int) ->
     if run.data.packing:
         # Which rows share a sequence follows from it, and so when each of them comes.
         settings["data.max_length"] = run.data.max_length
+    if run.model.added_tokens:
+        settings["model.added_tokens"] = list(run.model.added_tokens)
     for group, config in (("peft", run.peft), ("quant", run.quant)):
         for field in fields(config):
             # Where the first values came from is of no matter any more.

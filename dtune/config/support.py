@@ -76,16 +76,32 @@ def find_illegal(chosen: dict[str, str]) -> Illegal | None:
 
 
 def support_table() -> str:
-    """What runs with which engine, as Markdown: ``yes``, or the number of the reason below."""
+    """What runs with which engine, as Markdown: ``yes``, or the number of the reason below.
+
+    Options of a group that have the same cells share a row.
+    """
     engines = PARALLEL.names()
-    rows = [(group, option) for group, names in matrix().items() for option in names]
     reasons: list[str] = []
     lines = [f"| | {' | '.join(engines)} |", f"|---{'|---' * len(engines)}|"]
-    for group, option in rows:
-        cells = [_cell(group, option, engine, reasons) for engine in engines]
-        lines.append(f"| `{group}={option}` | {' | '.join(cells)} |")
+    for group, names in matrix().items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for option in names:
+            cells = tuple(_cell(group, option, engine, reasons) for engine in engines)
+            alike.setdefault(cells, []).append(option)
+        for cells, options in alike.items():
+            lines.append(f"| `{group}={', '.join(options)}` | {' | '.join(cells)} |")
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
+    notes += [f"- {_in_words(rule)}" for rule in ILLEGAL if not _is_of_one_and_engine(rule)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _is_of_one_and_engine(rule: Illegal) -> bool:
+    return "parallel" in rule.options and len(rule.options) == 2
+
+
+def _in_words(rule: Illegal) -> str:
+    cells = [f"{group}={', '.join(sorted(names))}" for group, names in rule.options.items()]
+    return f"not `{'` with `'.join(cells)}`: {rule.reason}: use {rule.instead}"
 
 
 def matrix() -> dict[str, tuple[str, ...]]:

@@ -22,7 +22,7 @@ from dtune.errors import ConfigError
 from dtune.models.masks import causal_masks, document_bounds
 from dtune.models.schema import Attention
 from dtune.runtime.capabilities import is_installed
-from dtune.types import NUM_DOCUMENTS
+from dtune.types import NUM_DOCUMENTS, SharedPrefix
 
 VARLEN = "dtune_varlen"
 
@@ -106,8 +106,10 @@ def _best(device: torch.device, *, softcap: bool, half: bool) -> Attention:
 
 
 def _wants_documents(kwargs: Mapping[str, Any]) -> bool:
-    no_cache = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
-    return no_cache and kwargs.get("position_ids") is not None
+    past = kwargs.get("past_key_values")
+    no_cache = past is None or isinstance(past, SharedPrefix)
+    given = kwargs.get("position_ids") is not None
+    return no_cache and given and kwargs.get("use_cache") is False
 
 
 def _pass_documents(
@@ -130,6 +132,9 @@ def _told(
 ) -> dict[str, Any]:
     """Arguments that tell an implementation where documents are; none where it finds out itself."""
     position_ids, mask = kwargs["position_ids"], kwargs.get("attention_mask")
+    past = kwargs.get("past_key_values")
+    if isinstance(past, SharedPrefix):
+        return _told_with_prefix(model, implementation, kwargs, count, past.num_tokens)
     whole_rows = count == position_ids.shape[0] and position_ids.device.type == "cpu"
     if implementation == "sdpa" and whole_rows:
         # No mask: torch's own causal attention computes half of the scores. To find out, as
@@ -154,6 +159,22 @@ def _told(
             "max_length_k": longest,
         }
     return {}
+
+
+def _told_with_prefix(
+    model: PreTrainedModel,
+    implementation: str,
+    kwargs: Mapping[str, Any],
+    count: int | None,
+    prefix: int,
+) -> dict[str, Any]:
+    """The same where every document sees a prefix: only masks of scores can say so."""
+    position_ids, mask = kwargs["position_ids"], kwargs.get("attention_mask")
+    if implementation not in ("sdpa", "eager", VARLEN) or count == position_ids.shape[0]:
+        return {}
+    additive = _embedding_dtype(model) if implementation == "eager" else None
+    masks = causal_masks(model.config, position_ids, mask, additive, prefix=prefix)
+    return {} if masks is None else {"attention_mask": masks}
 
 
 def _embedding_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,6 +23,8 @@ from transformers import (
 
 from dtune.errors import ConfigError
 from dtune.models.attention import install_documents, resolve_attention
+from dtune.models.bnb import BnbSource, quantized_by_config
+from dtune.models.grow import GrownSource, add_tokens, added_ids, grow
 from dtune.models.random import RandomSource
 from dtune.models.schema import Attention, Init, ModelConfig
 from dtune.models.spec import describe
@@ -89,11 +91,6 @@ def _architecture(config: ModelConfig, folder: Path) -> PretrainedConfig:
         )
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"model.path={config.path}: {error}") from error
-    if "quantization_config" in architecture.to_dict():
-        raise ConfigError(
-            f"model.path={config.path}: the checkpoint is quantised already; give the original "
-            "model and set quant"
-        )
     return cast(PretrainedConfig, architecture)
 
 
@@ -164,6 +161,7 @@ def build_model(
         softcap=_has_softcap(architecture),
         half=dtype != torch.float32,
     )
+    raw = _take_quantization(architecture)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -179,7 +177,24 @@ def build_model(
     _read_generation_config(model, folder)
     _fill_buffers(model)
     install_documents(model)
-    return model, dataclasses.replace(describe(model, config.path), stored_dtype=stored_dtype)
+    spec = dataclasses.replace(describe(model, config.path), stored_dtype=stored_dtype)
+    if raw is not None and config.init is Init.pretrained:
+        stored = quantized_by_config(raw, model, spec.linears, path=config.path)
+        spec = dataclasses.replace(spec, quantized=stored)
+    if config.added_tokens:
+        spec = grow(model, spec, added_ids(load_tokenizer(config), config.added_tokens))
+    return model, spec
+
+
+def _take_quantization(architecture: PretrainedConfig) -> dict[str, Any] | None:
+    """Remove ``quantization_config``, which is not true of what is built and exported; return it.
+
+    None where the checkpoint is not quantised.
+    """
+    raw: dict[str, Any] | None = architecture.to_dict().get("quantization_config")
+    if raw is not None:
+        del architecture.quantization_config
+    return raw
 
 
 def open_weights(
@@ -194,11 +209,28 @@ def open_weights(
         return RandomSource(spec.config, seed)
     folder = model_folder(config, weights=True)
     assert isinstance(model, PreTrainedModel)
-    return SafetensorsSource(folder, model, spec)
+    source: TensorSource
+    if spec.quantized is None:
+        source = SafetensorsSource(folder, model, spec)
+    else:
+        source = BnbSource(folder, model, spec)
+    if not spec.grown:
+        return source
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in spec.grown}
+    return GrownSource(source, shapes)
+
+
+def quantized_by_files(source: TensorSource, spec: ModelSpec) -> ModelSpec:
+    """``spec`` with what the files themselves say of quantised linears, beyond config.json."""
+    if isinstance(source, GrownSource):
+        source = source.source
+    if not isinstance(source, BnbSource):
+        return spec
+    return dataclasses.replace(spec, quantized=source.quantized)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with the chat template of ``model.chat_template`` if one is given."""
+    """Load the tokenizer, with ``model.chat_template`` and ``model.added_tokens`` if given."""
     same = config.tokenizer == "same"
     path, key = (config.path, "model.path") if same else (config.tokenizer, "model.tokenizer")
     folder = locate(path, key=key, revision=config.revision if same else "main")
@@ -215,4 +247,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if not template.is_file():
             raise ConfigError(f"model.chat_template={config.chat_template}: no such file")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if config.added_tokens:
+        add_tokens(tokenizer, config.added_tokens)
     return cast(PreTrainedTokenizerBase, tokenizer)

@@ -57,11 +57,15 @@ def causal_masks(
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     additive: torch.dtype | None,
+    *,
+    prefix: int = 0,
 ) -> Masks | None:
     """Return masks by which a position sees its own document up to itself; None if not known how.
 
     [B, 1, S, S], for models with layers of several types one by the name of each. Bool, or numbers
     to add in the dtype ``additive``. Padding sees padding, so that no position sees nothing.
+    Every document sees ``prefix`` keys before its own, after which its positions begin:
+    [B, 1, S, prefix + S].
     """
     family = config.model_type
     if family not in CAUSAL | WINDOWED | TYPED or sees_ahead(config):
@@ -74,6 +78,8 @@ def causal_masks(
 
     def finish(window: int | None) -> torch.Tensor:
         seen = own_BSS if window is None else own_BSS & causal_SS.triu(1 - window)
+        if prefix:
+            seen = torch.cat([_sees_prefix(position_ids, prefix, window), seen], dim=2)
         if additive is None:
             return seen[:, None]
         lowest = torch.finfo(additive).min
@@ -85,6 +91,12 @@ def causal_masks(
         windows = {"full_attention": None, "sliding_attention": own.sliding_window}
         return {kind: finish(windows[kind]) for kind in dict.fromkeys(own.layer_types)}
     return finish(own.sliding_window if family in WINDOWED else None)
+
+
+def _sees_prefix(position_ids: torch.Tensor, prefix: int, window: int | None) -> torch.Tensor:
+    """Which keys before its document a position sees: bool [B, S, prefix]."""
+    distance = position_ids[:, :, None] - torch.arange(prefix, device=position_ids.device)
+    return torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
 
 
 def sees_ahead(config: PretrainedConfig) -> bool:

@@ -18,8 +18,9 @@ class RandomSource:
     """
 
     def __init__(self, config: PretrainedConfig, seed: int) -> None:
+        own = copy.deepcopy(config)  # building writes the attention into it
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = AutoModelForCausalLM.from_config(own, attn_implementation="eager")
         self._seed = seed
         self._owners: dict[str, tuple[nn.Module, str, PreTrainedModel]] = {}
         nearest: dict[str, PreTrainedModel] = {}

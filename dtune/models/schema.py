@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+from dtune.errors import ConfigError
 
 
 class Attention(Enum):
@@ -41,5 +43,15 @@ class ModelConfig:
     tokenizer: str = "same"
     # A Jinja file that replaces the tokenizer's chat template; "same": keep it.
     chat_template: str = "same"
+    # Texts that become one token each; their rows of the embedding and head are trained.
+    added_tokens: list[str] = field(default_factory=list)
     # Run Python code that comes with the model. Only for sources you trust.
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        tokens = self.added_tokens
+        if any(not token.strip() for token in tokens):
+            raise ConfigError("model.added_tokens holds a blank text; leave it out")
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice:
+            raise ConfigError(f"model.added_tokens names {', '.join(map(repr, twice))} twice")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from dtune.types import ModelSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
+
+def files_by_tensor(folder: Path) -> dict[str, Path]:
     """Name of each stored tensor -> its file; ConfigError if files are missing or unsafe."""
     index = folder / INDEX
     if not index.is_file():
@@ -73,23 +76,38 @@ class SafetensorsSource:
     the model; nothing is read before ``read``.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        spec: ModelSpec,
+        *,
+        elsewhere: Container[str] = (),
+    ) -> None:
         """Match the model's tensors with what the folder stores.
 
         Args:
             folder: Holds model.safetensors, or an index and its shards.
             model: Before any method changed it; on any device.
-            spec: Of the model: which parameters share storage, which buffers are stored.
+            spec: Of the model: which parameters share storage, which buffers are stored, which
+                have fewer rows in the folder.
+            elsewhere: Parameters that this source leaves to another.
         """
-        self._files = _files_by_tensor(folder)
+        self._files = files_by_tensor(folder)
         self._stored: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[Path, Any] = {}
         _check_layout(model)
         prefix = f"{model.base_model_prefix}."
         for name, parameter in model.named_parameters():
+            if name in elsewhere:
+                continue
             aliases = [alias for alias, first in spec.tied.items() if first == name]
-            self._match(name, aliases, prefix, tuple(parameter.shape), folder)
+            shape = tuple(parameter.shape)
+            if name in spec.grown:
+                shape = (spec.grown[name], *shape[1:])
+            self._match(name, aliases, prefix, shape, folder)
+            self._check_float(name)
         for name in spec.buffers:
             self._match(name, [], prefix, tuple(model.get_buffer(name).shape), folder)
         for alias, first in spec.tied.items():
@@ -119,6 +137,15 @@ class SafetensorsSource:
             )
         self._stored[name] = stored
         self._shapes[name] = shape
+
+    def _check_float(self, name: str) -> None:
+        stored = self._stored[name]
+        dtype = self._slice(stored).get_dtype()
+        if dtype not in _FLOATS:
+            raise ConfigError(
+                f"model.path: {stored} in {self._files[stored]} is {dtype}, which is no float that "
+                "can be read as it is; give the model before it was quantised"
+            )
 
     def _slice(self, stored: str) -> Any:
         file = self._files[stored]

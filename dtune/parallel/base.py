@@ -86,9 +86,12 @@ class TorchEngine(ABC):
         schedule: ScheduleFactory,
         recompute: Recompute,
         compile_blocks: bool,
+        offload: bool = False,
     ) -> None:
         """Recompute -> compile -> shard -> load -> optimizer, from a model on the meta device."""
-        wrap_blocks(model, spec, recompute=recompute, compile_blocks=compile_blocks)
+        wrap_blocks(
+            model, spec, recompute=recompute, compile_blocks=compile_blocks, offload=offload
+        )
         make_masters(model)
         self._spread(model, spec)
         self.module = model

@@ -18,6 +18,7 @@ from dtune.errors import ConfigError
 from dtune.parallel.base import COMPUTE_DTYPES, set_schedule
 from dtune.parallel.ranges import fill, fill_buffers, gather, get_step, set_step
 from dtune.parallel.replica import allocate
+from dtune.parallel.saved import parameters_by_name
 from dtune.parallel.schema.zero import ZeroConfig
 from dtune.parallel.wrap import wrap_blocks
 from dtune.parallel.zero_layout import PartitionedLayout, ReplicatedLayout, ZeroLayout
@@ -106,10 +107,13 @@ class DeepSpeedEngine:
         schedule: ScheduleFactory,
         recompute: Recompute,
         compile_blocks: bool,
+        offload: bool = False,
     ) -> None:
         """Recompute -> compile -> shard -> load -> optimizer, from a model on the meta device."""
         self._check(recompute, compile_blocks=compile_blocks)
-        wrap_blocks(model, spec, recompute=recompute, compile_blocks=compile_blocks)
+        wrap_blocks(
+            model, spec, recompute=recompute, compile_blocks=compile_blocks, offload=offload
+        )
         base = self._optimizer_of(model, optimizer)
         settings = self._settings(model)
         self._spread(model, base, settings)
@@ -233,6 +237,7 @@ class DeepSpeedEngine:
                 "stage": stage,
                 "reduce_bucket_size": min(self._config.reduce_bucket_size, trained),
                 "contiguous_gradients": True,
+                "stage3_param_persistence_threshold": self._config.param_persistence_threshold,
                 **({"offload_optimizer": offload} if offloads else {}),
                 **({"offload_param": offload} if offloads and stage == 3 else {}),
             },
@@ -266,7 +271,8 @@ class DeepSpeedEngine:
     @contextmanager
     def _micro(self, last: bool) -> Iterator[None]:
         self._runtime.set_gradient_accumulation_boundary(last)
-        yield
+        with parameters_by_name() if self._config.stage == 3 else nullcontext():
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss."""

@@ -61,12 +61,12 @@ class FsdpEngine(TorchEngine):
                 mp_policy=mixed,
                 offload_policy=offload,
             )
-        self._allocate(model, spec)
+        self._allocate(model)
 
     def _offloads(self) -> bool:
         return self._config.cpu_offload and self.world.device.type != "cpu"
 
-    def _allocate(self, model: nn.Module, spec: ModelSpec) -> None:
+    def _allocate(self, model: nn.Module) -> None:
         device = self.world.device
         parameters = torch.device("cpu") if self._offloads() else device
 
@@ -75,8 +75,11 @@ class FsdpEngine(TorchEngine):
                 return torch.empty_like(tensor, device=parameters)
             return tensor.to(device)
 
+        first = {parameter: name for name, parameter in model.named_parameters()}
+        every = model.named_parameters(remove_duplicate=False)
+        shared = {name: first[p] for name, p in every if first[p] != name}
         model._apply(materialise)
-        for alias, name in spec.tied.items():  # _apply makes two parameters of a shared one
+        for alias, name in shared.items():  # _apply makes two parameters of a shared one
             _set_parameter(model, alias, model.get_parameter(name))
 
     def _shard(self, name: str, parameter: nn.Parameter) -> FlatShard:

@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dtune.errors import ConfigError
+from dtune.parallel.offload import Hooks, Offload
+from dtune.parallel.selective import keep_on_device, keep_packed
 from dtune.runtime.schema import Recompute
 from dtune.types import ModelSpec
 
-_aten = torch.ops.aten
-# Dear to compute again, cheap to keep beside the elementwise results between them.
-_KEPT = frozenset(
-    {
-        _aten.mm.default,
-        _aten.bmm.default,
-        _aten.addmm.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
+
+def _at_once(forward: Callable[..., Any], *args: Any) -> Any:
+    return forward(*args)
 
 
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+_FUNCTIONS: dict[Recompute, Callable[..., Any]] = {
+    Recompute.none: _at_once,
+    Recompute.selective: partial(checkpoint, use_reentrant=False, context_fn=keep_on_device),
+    Recompute.full: partial(checkpoint, use_reentrant=False),
+}
+"""What calls the forward of a block while it trains."""
 
 
-_Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-_selective_contexts: _Contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+def _beside(
+    function: Callable[..., Any], forward: Callable[..., Any], *args: Any, hooks: Hooks
+) -> Any:
+    return function(forward, *args)
+
+
+def _keeping(forward: Callable[..., Any], *args: Any, hooks: Hooks) -> Any:
+    contexts = partial(keep_packed, *hooks)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
 
 
 def blocks_of(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
@@ -49,21 +46,37 @@ def blocks_of(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
 
 
 def wrap_blocks(
-    model: nn.Module, spec: ModelSpec, *, recompute: Recompute, compile_blocks: bool
-) -> None:
-    """Recompute, then compile, in place and keeping names; the caller shards afterwards.
+    model: nn.Module,
+    spec: ModelSpec,
+    *,
+    recompute: Recompute,
+    compile_blocks: bool,
+    offload: bool = False,
+) -> Offload | None:
+    """Recompute, offload, then compile, in place and keeping names; the caller shards afterwards.
 
-    One compiled block serves all that are alike; it is computed again as a whole.
+    One compiled block serves all that are alike; it is computed again as a whole. What a block
+    that is computed again keeps (its input, with ``selective`` its products) is offloaded.
+    Returns what offloads, if anything does.
     """
-    if recompute is not Recompute.none:
-        function = partial(checkpoint, use_reentrant=False)
-        if recompute is Recompute.selective:
-            function = partial(checkpoint, use_reentrant=False, context_fn=_selective_contexts)
-        for block in blocks_of(model, spec):
+    if offload and compile_blocks:
+        raise ConfigError(
+            "train.offload_activations=true cannot run with train.compile=true: what a compiled "
+            "block saves is decided inside of it; set train.compile=false"
+        )
+    blocks = blocks_of(model, spec)
+    offloader = Offload(len(blocks)) if offload else None
+    for index, block in enumerate(blocks):
+        function = _FUNCTIONS[recompute]
+        if offloader is not None:
+            inner = _keeping if recompute is Recompute.selective else partial(_beside, function)
+            function = partial(offloader.run, index, inner)
+        if recompute is not Recompute.none or offload:
             _recompute(block, function, recompute=recompute)
     if compile_blocks:
-        for block in blocks_of(model, spec):
+        for block in blocks:
             block.compile()
+    return offloader
 
 
 def _recompute(block: nn.Module, function: Callable[..., Any], *, recompute: Recompute) -> None:
@@ -74,8 +87,8 @@ def _recompute(block: nn.Module, function: Callable[..., Any], *, recompute: Rec
     """
     if not isinstance(block, GradientCheckpointingLayer):
         raise ConfigError(
-            f"train.recompute={recompute.value}: {type(block).__name__} cannot recompute its "
-            "activations; set train.recompute=none"
+            f"train.recompute={recompute.value}: {type(block).__name__} can neither recompute nor "
+            "offload its activations; set train.recompute=none train.offload_activations=false"
         )
     own: Any = block  # attributes of transformers' class, which nn.Module types as modules
     own.gradient_checkpointing = True

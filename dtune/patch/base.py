@@ -119,14 +119,22 @@ def patch_names() -> tuple[str, ...]:
 
 
 def replace_forward(
-    module: nn.Module, forward: Callable[..., Any], *, after: str, trait: type = object
+    module: nn.Module,
+    forward: Callable[..., Any],
+    *,
+    after: str,
+    trait: type = object,
+    name: str = "forward",
 ) -> None:
-    """Give one module another forward and a trait, by a subclass that is called ``after``."""
+    """Give one module another forward and a trait, by a subclass that is called ``after``.
+
+    ``name``: the method that is replaced.
+    """
     cls = type(module)
-    key = (cls, forward, after, trait)
+    key = (cls, forward, after, trait, name)
     if key not in _subclasses:
         bases = (cls,) if trait is object else (cls, trait)
-        _subclasses[key] = type(after, bases, {"forward": forward, "original_class": cls})
+        _subclasses[key] = type(after, bases, {name: forward, "original_class": cls})
     module.__class__ = _subclasses[key]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from dtune.types import AddsTokens
+
 _MODULES = {
     "Llama": "llama",
     "Mistral": "mistral",
@@ -28,7 +30,11 @@ _GEMMA = ("Gemma2", "Gemma3")
 
 def family_of(module: nn.Module, suffix: str) -> str:
     """``Llama`` for transformers' own ``LlamaRMSNorm`` with the suffix ``RMSNorm``; else empty."""
-    cls = next(c for c in type(module).__mro__ if "original_class" not in vars(c))
+    cls = next(
+        c
+        for c in type(module).__mro__
+        if "original_class" not in vars(c) and not issubclass(c, AddsTokens)
+    )
     prefix = cls.__name__.removesuffix(suffix)
     folder = _MODULES.get(prefix, "")
     if not folder or not cls.__name__.endswith(suffix):

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from dtune.types import LinearLike as LinearLike
 from dtune.types import TensorSource
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 """Makes the whole tensor of a shape, fp32 on CPU."""
-
-
-@runtime_checkable
-class LinearLike(Protocol):
-    """y = x W^T + b with any storage of W: a float weight, or bytes."""
-
-    in_features: int
-    out_features: int
-
-    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        ...
 
 
 class InitialSource:

@@ -12,10 +12,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dtune.errors import CheckpointError, ConfigError
@@ -32,6 +34,12 @@ MODEL_INDEX = "model.safetensors.index.json"
 # Size of a file of weights above which Hugging Face's tools split.
 MAX_FILE_BYTES = 5_000_000_000
 
+# Largest rank that vLLM can be set to take.
+MAX_SERVED_RANK = 512
+
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations after which peft saves an adapter that no longer fits the original base."""
+
 Tensors = Iterator[tuple[str, torch.Tensor | None]]
 Write = Callable[[str, torch.Tensor], None]
 
@@ -45,6 +53,13 @@ class AdapterPlan:
     shapes: Mapping[str, tuple[int, ...]]
     decisive: tuple[str, ...]
     """Fields that change what the tensors mean."""
+    advice: Mapping[str, str] = field(default_factory=dict)
+    """Decisive field -> what to turn where a file has another."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Keys of ours (``peft.init``) that change what the tensors mean, where not at their default.
+
+    They are written into the header of the weights: peft's config has no fields for them.
+    """
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ def save_adapter(tensors: Tensors, folder: Path, plan: AdapterPlan) -> None:
 
         PeftConfig.from_peft_type(**plan.fields).save_pretrained(str(temporary))
         path = temporary / ADAPTER_WEIGHTS
-        writer = stack.enter_context(TensorWriter(path, entries, metadata={"format": "pt"}))
+        metadata = {"format": "pt", **plan.settings}
+        writer = stack.enter_context(TensorWriter(path, entries, metadata=metadata))
         return lambda name, tensor: writer.write(plan.keys[name], tensor)
 
     _stream(tensors, folder, start)
@@ -130,26 +146,152 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def adapter_source(folder: Path, plan: AdapterPlan) -> TensorSource:
     """The tensors of a saved adapter under the parameters' names.
 
-    Raises ConfigError for another method, other decisive settings, or tensors that do not fit.
+    Raises ConfigError for files that are missing or cannot be read, another method, another base,
+    other decisive settings, or tensors that do not fit.
     """
     path = folder / ADAPTER_WEIGHTS
-    if not path.is_file() or not (folder / ADAPTER_CONFIG).is_file():
-        raise ConfigError(f"{folder} holds no adapter: {ADAPTER_CONFIG} or {path.name} is missing")
-    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    for key in ("peft_type", *plan.decisive):
-        ours = plan.fields[key]
-        if saved.get(key, ours) != ours:
-            raise ConfigError(f"{folder}: {key} is {saved[key]}, but the run's peft has {ours}")
-    stored = FileSource.of_files(path)
-    differing = sorted(set(stored.names()) ^ set(plan.keys.values()))
-    if differing:
-        raise ConfigError(f"{path}: peft.targets names other layers; for example {differing[0]}")
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{folder} holds no adapter: {' and '.join(missing)} missing; set peft.init_from to "
+            "the folder of one, saved as safetensors"
+        )
+    saved = _read_json(folder / ADAPTER_CONFIG)
+    stored, settings = _open_weights(path)
+    _check_method(folder, saved, settings, plan)
+    _check_base(folder, saved, plan)
+    _check_tensors(path, stored, plan)
+    return FileSource({name: (path, key) for name, key in plan.keys.items()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"peft.init_from: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"peft.init_from: {path} holds no JSON object")
+    return found
+
+
+def _open_weights(path: Path) -> tuple[FileSource, dict[str, str]]:
+    """The tensors of a file, and what its header says beside them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return FileSource.of_files(path), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"peft.init_from: {path} is not a whole safetensors file: {error}"
+        ) from error
+
+
+def _check_method(
+    folder: Path, saved: Mapping[str, Any], settings: Mapping[str, str], plan: AdapterPlan
+) -> None:
+    kind, ours = str(saved.get("peft_type", "")), str(plan.fields["peft_type"])
+    if kind != ours:
+        raise ConfigError(
+            f"{folder}: peft_type is {kind or 'missing'}, but the run's peft has {ours}; choose "
+            "the method of the adapter with peft=..., or another peft.init_from"
+        )
+    start = saved.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
+        raise ConfigError(
+            f"{folder}: init_lora_weights is {start}: this adapter belongs to a base that peft has "
+            "changed; let peft convert it (save_pretrained with "
+            "path_initial_model_for_weight_conversion) and set peft.init_from to the result"
+        )
+    keys = {key for key in settings if key.startswith("peft.")} | plan.settings.keys()
+    for key in sorted(keys):
+        theirs, own = settings.get(key, "default"), plan.settings.get(key, "default")
+        if theirs != own:
+            raise ConfigError(f"{folder} was saved with {key}={theirs}, not {own}; turn {key}")
+    missing = [key for key in plan.decisive if key not in saved]
+    defaults = _peft_defaults(kind) if missing else {}
+    for key in plan.decisive:
+        theirs, wanted = saved.get(key, defaults.get(key)), plan.fields[key]
+        if theirs != wanted:
+            advice = plan.advice.get(key, "choose another peft.init_from")
+            raise ConfigError(
+                f"{folder}: {key} is {theirs}, but the run's peft has {wanted}; {advice}"
+            )
+
+
+def _peft_defaults(kind: str) -> dict[str, object]:
+    """What an older file means by not naming a field."""
+    from peft import PeftConfig
+
+    return dict(vars(PeftConfig.from_peft_type(peft_type=kind)))
+
+
+def _check_base(folder: Path, saved: Mapping[str, Any], plan: AdapterPlan) -> None:
+    theirs = base_name(str(saved.get("base_model_name_or_path") or ""))
+    ours = base_name(str(plan.fields.get("base_model_name_or_path") or ""))
+    if theirs and ours and theirs.lower() != ours.lower():
+        raise ConfigError(
+            f"{folder}: the adapter belongs to {saved['base_model_name_or_path']}, and model.path "
+            f"is {plan.fields['base_model_name_or_path']}; turn model.path or peft.init_from. If "
+            f"they are the same model, edit base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+
+
+def base_name(path: str) -> str:
+    """The name of a model by its path: the last component, or the Hub's name in its cache."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part]
+    if "snapshots" in parts[1:]:
+        return parts[parts.index("snapshots", 1) - 1].rpartition("--")[2]
+    return parts[-1] if parts else ""
+
+
+def _check_tensors(path: Path, stored: FileSource, plan: AdapterPlan) -> None:
+    own, wanted = set(stored.names()), set(plan.keys.values())
+    if own != wanted:
+        lacking, extra = sorted(wanted - own), sorted(own - wanted)
+        shown = f"{lacking[0]} is missing" if lacking else f"it holds {extra[0]}"
+        raise ConfigError(
+            f"{path}: peft.targets names other layers than the adapter has: {shown} "
+            f"({len(lacking)} missing, {len(extra)} too many)"
+        )
     for name, key in plan.keys.items():
         if stored.shape(key) != plan.shapes[name]:
             raise ConfigError(
-                f"{path}: {key} has shape {stored.shape(key)}, expected {plan.shapes[name]}"
+                f"{path}: {key} has shape {list(stored.shape(key))}, this model wants "
+                f"{list(plan.shapes[name])}; turn model.path or peft.init_from"
             )
-    return FileSource({name: (path, key) for name, key in plan.keys.items()})
+
+
+def serving_problems(fields: Mapping[str, object]) -> list[str]:
+    """Why an adapter cannot be served as a LoRA beside its base, each with what to change.
+
+    Rules of vLLM (0.6 to 0.11) and of servers that follow it; merged into its base every adapter
+    can be served.
+    """
+    merge = "or merge it into the base for serving"
+    problems = []
+    if fields.get("peft_type") != "LORA":
+        problems.append(
+            f"an adapter of type {fields.get('peft_type')} is no LoRA; set peft=lora, {merge}"
+        )
+    if fields.get("use_dora"):
+        problems.append(f"servers take no DoRA; set peft=rslora or peft=lora, {merge}")
+    rank = fields.get("r", 0)
+    if isinstance(rank, int) and rank > MAX_SERVED_RANK:
+        problems.append(
+            f"the rank of the saved adapter is {rank}, servers take {MAX_SERVED_RANK} at most; "
+            f"lower peft.rank, {merge}"
+        )
+    if fields.get("bias", "none") != "none":
+        problems.append(f"servers take no trained biases; leave them frozen, {merge}")
+    if fields.get("modules_to_save"):
+        problems.append(f"servers take no whole modules beside a LoRA; train none, {merge}")
+    if fields.get("trainable_token_indices"):
+        problems.append(
+            "servers take no rows for new tokens, and no resized embedding, beside a LoRA; leave "
+            f"model.added_tokens empty, set peft=full, {merge}"
+        )
+    if fields.get("rank_pattern") or fields.get("alpha_pattern"):
+        problems.append(f"servers take one rank and alpha for all layers; set one, {merge}")
+    return [f"the saved adapter cannot be served as it is (vLLM): {text}" for text in problems]
 
 
 def model_source(folder: Path) -> TensorSource:

@@ -55,6 +55,7 @@ class Exporter:
         return chain(trained, self._base()) if self.name == "model" else trained
 
     def _base(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """What was not trained, as the model computed with it: a quantised weight in float."""
         for name, shape in self.frozen.items():
             if self.world.is_first:
                 values = self.held.read(name, 0, torch.Size(shape).numel())

@@ -28,6 +28,8 @@ class TrainConfig:
     early_stopping: int = 0
     # Activations computed again in backward: none, selective (all but matrix products) or full.
     recompute: Recompute = Recompute.none
+    # Keep activations of all blocks but the last in host memory until backward needs them.
+    offload_activations: bool = False
     # Compile every block with torch.compile.
     compile: bool = False
     # First steps that are left out of tokens/s.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ class MatrixCounts:
     trained: int
 
 
-def count_matrices(model: nn.Module, spec: ModelSpec) -> MatrixCounts:
+def count_matrices(model: nn.Module) -> MatrixCounts:
     """Count a model with its method in place, before its linears become bytes."""
     embeddings = {
         id(parameter)
@@ -46,11 +47,11 @@ def count_matrices(model: nn.Module, spec: ModelSpec) -> MatrixCounts:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    tied = set(spec.tied.values())
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     frozen = trained = 0
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         # An embedding is looked up; it multiplies only where it is the head as well.
-        if id(parameter) in embeddings and name not in tied:
+        if id(parameter) in embeddings and uses[parameter] == 1:
             continue
         if parameter.requires_grad:
             trained += parameter.numel()

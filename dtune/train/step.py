@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dtune.runtime.world import World
-from dtune.types import Batch, Engine, Objective
+from dtune.types import Batch, Engine, Objective, TakesPartInSteps
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,46 @@ def train_step(
     objective: Objective,
     world: World,
     max_norm: float,
+    participant: TakesPartInSteps | None = None,
+    total_steps: int = 0,
 ) -> StepStats:
     """Train on the micro batches of one optimizer step.
 
     The loss is the sum over all target tokens of all ranks and micro batches, divided by their
-    number: it does not depend on how rows are split, padded or packed.
+    number: it does not depend on how rows are split, padded or packed. The penalty of a
+    ``participant`` is minimised with it, and is not part of it.
     """
     counts = world.sum(count_tokens(batches).to(world.device, non_blocking=True))
     # A step without any target has a loss of 0, not 0 / 0.
     targets = counts[0].clamp(min=1)
     loss = torch.zeros((), dtype=torch.float32, device=world.device)
     for index, batch in enumerate(batches):
-        with engine.micro(last=index == len(batches) - 1):
+        last = index == len(batches) - 1
+        with engine.micro(last=last):
             parts = objective.loss(engine.model, batch.to(world.device))
             mean = parts.total / targets
-            engine.backward(mean * engine.grad_scale)
+            minimised = mean
+            if last and participant is not None:
+                # Every rank adds its share, because gradients are summed over ranks.
+                minimised = mean + participant.penalty() / world.size
+            engine.backward(minimised * engine.grad_scale)
         loss += mean.detach()
     learning_rate = engine.learning_rate()
     grad_norm = engine.clip(max_norm)
-    engine.step()
+    if participant is None:
+        engine.step()
+    else:
+        _step_with(participant, engine, step, total_steps)
     return StepStats(step, loss, grad_norm, counts, learning_rate)
+
+
+def _step_with(participant: TakesPartInSteps, engine: Engine, step: int, total_steps: int) -> None:
+    """Step; a step that fp16 has skipped does not count for the participant."""
+    participant.before_step()
+    skipped = engine.skipped_steps
+    engine.step()
+    if engine.skipped_steps == skipped:
+        participant.after_step(step, total_steps)
 
 
 def count_tokens(batches: Sequence[Batch]) -> torch.Tensor:

@@ -23,11 +23,12 @@ from dtune.runtime.signals import StopRequest
 from dtune.runtime.status import State
 from dtune.runtime.world import World
 from dtune.train.divergence import check_metrics, count_good, raise_diverged
+from dtune.train.participant import WithMethod
 from dtune.train.schema import TrainConfig
 from dtune.train.sinks.base import Row, Sink
 from dtune.train.speed import Speed
 from dtune.train.step import StepStats, train_step
-from dtune.types import Batch, Engine, Objective
+from dtune.types import Batch, Engine, Objective, TakesPartInSteps
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Trainer:
     tokenizer: PreTrainedTokenizerBase
     run_dir: Path
     progress: RunProgress = field(default_factory=RunProgress)
+    participant: TakesPartInSteps | None = None
+    """The method, where it takes part in steps."""
     saved_step: int = -1
     """Newest step that run_dir holds a checkpoint of; -1: none."""
     stop: StopRequest = field(default_factory=StopRequest)
@@ -164,6 +167,8 @@ class Trainer:
             objective=self.objective,
             world=self.world,
             max_norm=self.config.max_norm,
+            participant=self.participant,
+            total_steps=self.total_steps,
         )
         self._pending.append(stats)
         self.progress.step = step
@@ -267,7 +272,7 @@ class Trainer:
         with self.meter.apart("save"):
             self.checkpointer.save(
                 step,
-                self.engine.state(),
+                WithMethod(self.engine, self.participant, self.world).state(),
                 asdict(self.progress),
                 is_best=self.progress.best_step == step,
                 identity=self.identity,

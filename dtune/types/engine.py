@@ -54,6 +54,18 @@ class EngineState:
     """Optimizer step count, schedule position, loss scale, ..."""
 
 
+class Stateful(Protocol):
+    """What a checkpoint is taken of, and gives back to."""
+
+    def state(self) -> EngineState:
+        """What ``load_state`` takes to go on bit for bit; shares storage with what it is of."""
+        ...
+
+    def load_state(self, source: TensorSource, scalars: Mapping[str, float | int]) -> None:
+        """Go on where a state was taken, by any engine on any number of ranks."""
+        ...
+
+
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], "Optimizer"]
 """Builds the optimizer from the named trainable parameters, in groups (decay, no decay)."""
 
@@ -82,8 +94,12 @@ class Engine(Protocol):
         schedule: ScheduleFactory,
         recompute: Recompute,
         compile_blocks: bool,
+        offload: bool = False,
     ) -> None:
-        """Recompute -> compile -> shard -> load -> optimizer, from a model on the meta device."""
+        """Recompute -> compile -> shard -> load -> optimizer, from a model on the meta device.
+
+        ``offload``: what a block saves for backward waits in host memory.
+        """
         ...
 
     def compute(self) -> AbstractContextManager[None]:

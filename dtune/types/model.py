@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from dtune_kernels.weights import QuantizedWeight
     from transformers import PretrainedConfig
 
 
@@ -21,6 +22,16 @@ class Role(Enum):
     mlp = "mlp"
     head = "head"
     other = "other"
+
+
+@dataclass(frozen=True)
+class StoredQuant:
+    """How a checkpoint keeps the linears that it holds quantised already."""
+
+    settings: Mapping[str, str | int | bool]
+    """Keys of the group ``quant`` that keep linears in the very same bytes, ``name`` among them."""
+    linears: frozenset[str]
+    """Dotted paths of those that are quantised; all others are stored as floats."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,12 @@ class ModelSpec:
     num_parameters: int = 0
     stored_dtype: torch.dtype | None = None
     """Dtype of the weights in the base's files; None: that of ``config``."""
+    quantized: StoredQuant | None = None
+    """How linears are stored, where the checkpoint is quantised already."""
+    added_tokens: range = range(0)
+    """Ids of the tokens that are new to the model: ``model.added_tokens``."""
+    grown: Mapping[str, int] = field(default_factory=dict)
+    """Parameter that has more rows than the checkpoint, for new tokens -> rows that are stored."""
 
 
 class TensorSource(Protocol):
@@ -66,6 +83,32 @@ Renamer = Callable[[str], str]
 """Name of a parameter in a model -> its name elsewhere."""
 
 
+@runtime_checkable
+class LinearLike(Protocol):
+    """y = x W^T + b with any storage of W: a float weight, or bytes."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        ...
+
+
+@runtime_checkable
+class QuantizedLinearLike(LinearLike, Protocol):
+    """A linear whose frozen W is kept as bytes."""
+
+    bias: nn.Parameter | None
+
+    def frozen_weight(self) -> QuantizedWeight:
+        """W over the parameters as they are now; for use within the forward that asks for it.
+
+        Reads them through the module, so that an engine that shards them gathers them first.
+        """
+        ...
+
+
 LOSS_LABELS = "loss_labels"
 """Argument of a model that ``FusesLoss``: int64 [B, S], the target after each position."""
 NUM_TARGETS = "num_targets"
@@ -76,6 +119,21 @@ NUM_DOCUMENTS = "num_documents"
 
 class FusesLoss:
     """A causal model that, asked with ``LOSS_LABELS``, returns the sum of losses, and no logits."""
+
+
+class AddsTokens:
+    """A causal model whose forward adds virtual tokens to the rows that it is given.
+
+    Its results are those of the given tokens alone. ``own_forward``, with keywords only, is the
+    forward that it had before: what is to see the added tokens as well takes that one's place.
+    """
+
+
+class SharedPrefix:
+    """A cache of keys and values that every document sees before its own; it never grows."""
+
+    num_tokens: int
+    """How many; the positions of every document begin after them."""
 
 
 def innermost(model: nn.Module) -> nn.Module:

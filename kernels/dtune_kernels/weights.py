@@ -10,7 +10,10 @@ import torch
 class QuantizedWeight(Protocol):
     """A weight [O, K] kept as bytes."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """O, K."""
+        ...
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight [O, K], contiguous, newly allocated, by one launch."""

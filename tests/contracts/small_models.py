@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import signal
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from dtune.models.sources import RenamedSource
+from dtune.peft.lora import LoraLinear
 from dtune.types import ModelSpec, PeftMethod, Role, TensorSource
 
 SIZES = {
@@ -116,8 +118,9 @@ def fill(model: PreTrainedModel, values: dict[str, torch.Tensor], base: Path) ->
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     first = {parameter: name for name, parameter in model.named_parameters()}
     names = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     model.to_empty(device="cpu")
-    for name, buffer in load_base(base).named_buffers():
+    for name, buffer in [*buffers.items(), *load_base(base).named_buffers()]:
         model.get_buffer(name).copy_(buffer)
     for name, shared in names.items():
         if name != shared:  # to_empty unties
@@ -141,6 +144,45 @@ def trained_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter.detach().clone()
+
+
+def exported_tensors(model: nn.Module, method: PeftMethod) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a run exports: what was trained, and for a whole model also what was not."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or method.export_name == "model":
+            yield name, parameter.detach().clone()
+
+
+def equal_within(a: torch.Tensor, b: torch.Tensor, limit: float) -> bool:
+    """Bit-equal where the limit is 0."""
+    return torch.equal(a, b) if limit == 0 else bool((a - b).abs().max() <= limit)
+
+
+@torch.no_grad()
+def rounding_of(model: PreTrainedModel, method: PeftMethod, base: Path) -> float:
+    """How far rounding may take logits from those of a model that sums the same terms otherwise.
+
+    0 where the model holds the base's own weights. PiSSA and OLoRA hold W - s B0 A0 beside s B A:
+    W is then another sum of the same terms, and W + s B A - s B0 A0, which is what others load, a
+    third. The error of each linear grows with the magnitudes that are summed. So the limit is the
+    error of this model, as fp64 tells it, once for itself and once, times the growth of those
+    magnitudes, for the other; and all of it twice, as the largest of some logits is a sample.
+    """
+    stored, added = load_base(base).state_dict(), sources(method, base)[1]
+    growth = 0.0
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLinear):
+            continue
+        whole = stored[f"{path}.weight"]
+        if torch.equal(module.base.weight, whole):
+            continue
+        a0, b0 = (read_whole(added, f"{path}.lora_{x}").abs() for x in "AB")
+        own = module.scale * module.lora_B.abs() @ module.lora_A.abs()
+        theirs = whole.abs() + own + module.scale * b0 @ a0
+        growth = max(growth, float(theirs.norm() / (module.base.weight.abs() + own).norm()))
+    exact = copy.deepcopy(model).double()(token_ids()).logits
+    error = float((model(token_ids()).logits - exact).abs().max())
+    return 2 * (1 + growth) * error if growth else 0.0
 
 
 def token_ids() -> torch.Tensor:

@@ -56,6 +56,7 @@ class Setup:
     max_norm: float = 1.0
     recompute: str = "none"
     compile_blocks: bool = False
+    offload: bool = False
     random_weights: bool = False
     kernels: bool = False
     """Whether every patch is applied; the kernels compute by their references."""
@@ -163,6 +164,7 @@ def build(world: World, setup: Setup, *, saved: Path | None = None) -> Built:
         schedule=partial(build_schedule_of, schedule),
         recompute=Recompute(setup.recompute),
         compile_blocks=setup.compile_blocks,
+        offload=setup.offload,
     )
     engine.model.train()
     return Built(engine, method, stored, held, frozen)
@@ -282,15 +284,15 @@ def first_state(world: World, *, setup: Setup) -> dict[str, Any]:
     return {"ranges": ranges, "scalars": state.scalars, "tensors": _tensors(engine)}
 
 
-def config_folder(folder: Path) -> Path:
-    """Write the config of a Llama of two small blocks with an odd vocabulary."""
+def config_folder(folder: Path, *, blocks: int = 2, hidden: int = 64) -> Path:
+    """Write the config of a Llama of a few small blocks with an odd vocabulary."""
     from transformers import LlamaConfig
 
     LlamaConfig(
         vocab_size=VOCABULARY + 1,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3 // 2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

@@ -32,7 +32,7 @@ def base_in_fp32(folder: Path) -> str:
     return f"model.path={folder}"
 
 
-@pytest.fixture(scope="module", params=["lora", "full", "full of fp32"])
+@pytest.fixture(scope="module", params=["lora", "full", "full of fp32", "freeze of fp32"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has ended, with ``dtune eval`` run on it."""
     method, _, wide = request.param.partition(" of ")

@@ -98,7 +98,8 @@ def plain_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def _of_tokens(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     assert batch.attention_mask is not None
-    return logits.float()[batch.attention_mask.bool()]
+    # peft gives the logits of its virtual tokens too, before those of the tokens.
+    return logits.float()[:, -batch.attention_mask.shape[1] :][batch.attention_mask.bool()]
 
 
 def _same(one: Engine, other: Engine) -> bool:

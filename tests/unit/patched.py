@@ -47,7 +47,9 @@ def adapted(
     PEFT.config(peft)(**options).build().inject(model, spec)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "lora_" in name:
                 parameter.normal_(std=0.2)
             elif "norm" in name or "bias" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))

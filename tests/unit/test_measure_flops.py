@@ -54,7 +54,7 @@ def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     PEFT.config(request.param)().build().inject(model, spec)
     lengths = np.full(5, 2 * LENGTH)
     formula = speed_of(
-        count_matrices(model, spec), spec, lengths, Precision.fp32, CPU
+        count_matrices(model), spec, lengths, Precision.fp32, CPU
     ).flops_per_token
     # Of whatever values: operations are counted.
     allocate(model, CPU.device)
@@ -124,9 +124,9 @@ def test_documents_count_by_their_tokens(tmp_path: Path) -> None:
         ModelConfig(path=str(tmp_path), init=Init.random), dtype=torch.float32
     )
     mixed = speed_of(
-        count_matrices(model, spec), spec, np.array([90, 10]), Precision.fp32, CPU
+        count_matrices(model), spec, np.array([90, 10]), Precision.fp32, CPU
     ).flops_per_token
     even = speed_of(
-        count_matrices(model, spec), spec, np.array([82, 82]), Precision.fp32, CPU
+        count_matrices(model), spec, np.array([82, 82]), Precision.fp32, CPU
     ).flops_per_token
     assert mixed == even  # (90**2 + 10**2) / 100 = 82

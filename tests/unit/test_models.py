@@ -180,13 +180,13 @@ def test_a_path_that_does_not_exist_is_an_error_of_its_key(tmp_path: Path) -> No
         build_model(ModelConfig(path=str(tmp_path)), dtype=torch.float32)
 
 
-def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_config_that_calls_floats_quantised_is_refused(tmp_path: Path) -> None:
     save_family("llama", tmp_path)
     file = tmp_path / "config.json"
     quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     file.write_text(json.dumps(json.loads(file.read_text()) | quantised))
-    with pytest.raises(ConfigError, match="quantised already"):
-        build_model(ModelConfig(path=str(tmp_path)), dtype=torch.float32)
+    with pytest.raises(ConfigError, match="no linear is quantised"):
+        opened(tmp_path)
 
 
 def test_random_weights_depend_on_name_and_seed_alone(tmp_path: Path) -> None:

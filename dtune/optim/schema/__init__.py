@@ -40,6 +40,10 @@ class OptimConfig:
         """Optimizer state of one trained parameter, in bytes."""
         raise NotImplementedError(type(self))
 
+    def state_of(self, numel: int) -> int:
+        """Optimizer state of a tensor of so many elements, in bytes."""
+        return self.state_bytes * numel
+
     def build(
         self,
         named: Iterable[tuple[str, nn.Parameter]],

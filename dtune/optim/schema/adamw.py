@@ -68,6 +68,12 @@ class Adamw8bitConfig(AdamConfig):
         """Two moments of 8 bits; their block scales are below 2 %."""
         return 2
 
+    def state_of(self, numel: int) -> int:
+        """Two moments, each with an fp32 scale a block of 256; small tensors keep fp32."""
+        if numel < 4096:
+            return 8 * numel
+        return 2 * (numel + 4 * -(-numel // 256))
+
     def build(
         self,
         named: Iterable[tuple[str, nn.Parameter]],

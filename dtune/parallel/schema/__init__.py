@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dtune.registry import Registry
 
 if TYPE_CHECKING:
+    from dtune.parallel.footprint import Footprint, Planned
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -21,6 +22,10 @@ class ParallelConfig:
 
     def build(self, world: World, precision: Precision) -> Engine:
         """Import and construct the engine."""
+        raise NotImplementedError(type(self))
+
+    def footprint(self, planned: Planned) -> Footprint:
+        """Bytes that the fullest rank holds, besides activations."""
         raise NotImplementedError(type(self))
 
 

@@ -9,6 +9,7 @@ from dtune.errors import ConfigError
 from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
+    from dtune.parallel.footprint import Footprint, Planned
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -32,3 +33,9 @@ class DdpConfig(ParallelConfig):
         from dtune.parallel.ddp import DdpEngine
 
         return DdpEngine(self, world, precision)
+
+    def footprint(self, planned: Planned) -> Footprint:
+        """Bytes that the fullest rank holds, besides activations."""
+        from dtune.parallel.footprint import of_replica
+
+        return of_replica(planned)

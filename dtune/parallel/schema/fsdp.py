@@ -9,6 +9,7 @@ from dtune.errors import ConfigError
 from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
+    from dtune.parallel.footprint import Footprint, Planned
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -39,3 +40,9 @@ class FsdpConfig(ParallelConfig):
         from dtune.parallel.fsdp import FsdpEngine
 
         return FsdpEngine(self, world, precision)
+
+    def footprint(self, planned: Planned) -> Footprint:
+        """Bytes that the fullest rank holds, besides activations."""
+        from dtune.parallel.footprint import of_fsdp
+
+        return of_fsdp(planned, shards=self.shard_size or planned.ranks, on_host=self.cpu_offload)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
+    from dtune.parallel.footprint import Footprint, Planned
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -25,3 +26,9 @@ class SingleConfig(ParallelConfig):
         from dtune.parallel.single import SingleEngine
 
         return SingleEngine(self, world, precision)
+
+    def footprint(self, planned: Planned) -> Footprint:
+        """Bytes that the fullest rank holds, besides activations."""
+        from dtune.parallel.footprint import of_replica
+
+        return of_replica(planned)

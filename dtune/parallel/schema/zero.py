@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dtune.errors import ConfigError
 from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
+    from dtune.parallel.footprint import Footprint, Planned
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -21,6 +23,19 @@ class ZeroConfig(ParallelConfig):
     cpu_offload: bool = False
     # Size in elements of the buckets that gradients are reduced in.
     reduce_bucket_size: int = 50_000_000
+    # Stage 3: parameters of at most so many elements (bytes of a quantised base) stay gathered.
+    param_persistence_threshold: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.reduce_bucket_size < 1:
+            raise ConfigError(
+                f"parallel.reduce_bucket_size={self.reduce_bucket_size} must be at least 1"
+            )
+        if self.param_persistence_threshold < 0:
+            raise ConfigError(
+                f"parallel.param_persistence_threshold={self.param_persistence_threshold} must "
+                "not be negative; set 0 to shard every parameter"
+            )
 
     @property
     def stage(self) -> int:
@@ -32,6 +47,14 @@ class ZeroConfig(ParallelConfig):
         from dtune.parallel.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(self, world, precision)
+
+    def footprint(self, planned: Planned) -> Footprint:
+        """Bytes that the fullest rank holds, besides activations."""
+        from dtune.parallel.footprint import of_zero
+
+        return of_zero(
+            planned, stage=self.stage, bucket=self.reduce_bucket_size, on_host=self.cpu_offload
+        )
 
 
 @PARALLEL.register

@@ -10,6 +10,7 @@ from torch import nn
 from dtune.patch.base import Change, Found, Kept, Stage, kind_of, patch, replace_forward
 from dtune.patch.fused import Fused, FusedLinears, add_fused
 from dtune.patch.linears import is_adapted, why_not
+from dtune.peft.dora import DoraLinear
 from dtune.types import ModelSpec
 
 
@@ -30,7 +31,7 @@ def plan(model: nn.Module, spec: ModelSpec, enabled: frozenset[str]) -> Found:
         for linear in module.linears
     }
     for path, module in model.named_modules():
-        if not is_adapted(module) or id(module) in grouped:
+        if not is_adapted(module) or id(module) in grouped or isinstance(module, DoraLinear):
             continue
         before, reason = kind_of(module), why_not(module)
         if reason:

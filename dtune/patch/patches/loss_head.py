@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from dtune.patch.base import Change, Found, Kept, Stage, forward_of, kind_of, patch, replace_forward
 from dtune.patch.families import head_facts
 from dtune.patch.fused import FusedHead, add_fused
-from dtune.types import LOSS_LABELS, NUM_TARGETS, FusesLoss, ModelSpec
+from dtune.types import LOSS_LABELS, NUM_TARGETS, AddsTokens, FusesLoss, ModelSpec
 
 
 @cache
 def _with_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The model's own forward, unless the sum of losses is asked for."""
 
+    # wraps: generation asks a model's forward which arguments it takes.
+    @wraps(forward)
     def forward_or_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         if LOSS_LABELS not in kwargs:
             return forward(self, *args, **kwargs)
@@ -45,8 +47,11 @@ def plan(model: nn.Module, spec: ModelSpec, enabled: frozenset[str]) -> Found:
 
     def apply() -> None:
         add_fused(model, FusedHead(head, facts))
-        replace_forward(
-            model, _with_loss(forward_of(model)), after=f"{before}WithLoss", trait=FusesLoss
-        )
+        own: Any = type(model)
+        # What a method adds tokens around, it takes away again from what this returns.
+        name = "own_forward" if issubclass(own, AddsTokens) else "forward"
+        forward = own.own_forward if name == "own_forward" else forward_of(model)
+        after = f"{before}WithLoss"
+        replace_forward(model, _with_loss(forward), after=after, trait=FusesLoss, name=name)
 
     return Found([Change("lm_head", "Linear", "linear_cross_entropy", apply)])

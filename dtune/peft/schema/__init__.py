@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dtune.registry import Registry
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 @dataclass
 class PeftConfig:
     """What is trained."""
+
+    exports_model: ClassVar[bool] = False
+    """Whether a run exports a whole model, which needs no base; else an adapter."""
 
     name: str = "???"
     # Start from what such a run has exported: folder of an adapter (or model); none: anew.

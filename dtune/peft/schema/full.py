@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dtune.peft.schema import PEFT, PeftConfig
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass
 class FullConfig(PeftConfig):
     """Every parameter is trained."""
+
+    exports_model: ClassVar[bool] = True
 
     name: str = "full"
 

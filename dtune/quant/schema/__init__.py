@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dtune.errors import ConfigError
 from dtune.registry import Registry
 
 if TYPE_CHECKING:
@@ -22,6 +23,35 @@ class QuantConfig:
     def build(self, device: torch.device) -> Quantizer:
         """Import and construct what replaces the linears; weights are quantised on ``device``."""
         raise NotImplementedError(type(self))
+
+
+@dataclass
+class ByteConfig(QuantConfig):
+    """Frozen linear weights are kept as bytes."""
+
+    # Linears that stay as they are: roles (head, attention, mlp), names (down_proj), or globs.
+    skip: list[str] = field(default_factory=lambda: ["head"])
+
+
+@dataclass
+class FourBitConfig(ByteConfig):
+    """Four bits a weight, blocks of weights with a scale; in bitsandbytes' format."""
+
+    # Keep the scales in 8 bits as well: 4.13 bits a weight instead of 4.5.
+    double: bool = True
+    # Weights that share a scale: a power of two from 32 to 4096.
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (sizes := [2**n for n in range(5, 13)]):
+            shown = ", ".join(map(str, sizes))
+            raise ConfigError(f"quant.block_size={self.block_size} must be one of {shown}")
+
+    def build(self, device: torch.device) -> Quantizer:
+        """Import and construct what replaces the linears; weights are quantised on ``device``."""
+        from dtune.quant.replace import fourbit_quantizer
+
+        return fourbit_quantizer(self, device)
 
 
 QUANT: Registry[QuantConfig] = Registry("quant", QuantConfig, __name__)

@@ -1,0 +1,76 @@
+"""A linear whose frozen weight is bytes.
+
+Shape legend: K input features, O output features; leading dims are any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dtune_kernels.library import apply
+from torch import nn
+from torch.nn import functional as F
+
+from dtune.quant.layout import ByteWeight, Layout
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b, with W dequantised for each use and never kept.
+
+    The parts of W (see ``dtune.quant.layout``) are uint8 parameters that are never trained.
+    Computes in the dtype of autocast, else in that of x.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, layout: Layout, bias: nn.Parameter | None, device: torch.device) -> None:
+        super().__init__()
+        self.layout = layout
+        self.out_features, self.in_features = layout.shape
+        for name, size in layout.sizes.items():
+            data = torch.empty(size, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+        self.bias = bias
+
+    def frozen_weight(self) -> ByteWeight:
+        """W over the parameters as they are now."""
+        parts = tuple(self.get_parameter(name) for name in self.layout.sizes)
+        return ByteWeight(self.layout, parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., O]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.frozen_weight()
+        y: torch.Tensor = apply(_FrozenLinear, x, bias, weight.layout, *weight.parts)
+        return y
+
+    def extra_repr(self) -> str:
+        """Shown in the printed model."""
+        return f"{self.in_features}, {self.out_features}, {self.layout}"
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + b; keeps bytes for the backward, which dequantises them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layout: Layout, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        """[..., K] -> [..., O]."""
+        ctx.save_for_backward(*parts)
+        ctx.layout = layout
+        return F.linear(x, ByteWeight(layout, parts).dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x and of the bias."""
+        (dy,) = grads
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ ByteWeight(ctx.layout, ctx.saved_tensors).dequantize(dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.flatten(0, -2).sum(dim=0)
+        return dx, dbias, None, *(None for _ in ctx.saved_tensors)

@@ -1,0 +1,146 @@
+"""Which linears become bytes, and their replacement."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from dtune.errors import ConfigError
+from dtune.quant.layout import FourBitLayout, Int8Layout, Layout
+from dtune.quant.linear import QuantizedLinear
+from dtune.quant.schema import ByteConfig, FourBitConfig
+from dtune.quant.source import QuantizedSource
+from dtune.quant.stored import check_stored_linears, check_stored_settings
+from dtune.types import ModelSpec, Renamer, Role, TensorSource
+
+ALL_LINEAR = "all-linear"
+
+LayoutOf = Callable[[tuple[int, int]], Layout]
+
+
+def fourbit_quantizer(config: FourBitConfig, device: torch.device) -> ByteQuantizer:
+    """Build what keeps weights in four bits."""
+
+    def layout_of(shape: tuple[int, int]) -> Layout:
+        return FourBitLayout(shape, config.name, config.block_size, config.double)
+
+    return ByteQuantizer(config, layout_of, device)
+
+
+def int8_quantizer(config: ByteConfig, device: torch.device) -> ByteQuantizer:
+    """Build what keeps weights in eight bits."""
+    return ByteQuantizer(config, Int8Layout, device)
+
+
+class ByteQuantizer:
+    """Replaces frozen linears by such that keep their weight as bytes."""
+
+    def __init__(self, config: ByteConfig, layout_of: LayoutOf, device: torch.device) -> None:
+        self._config = config
+        self._layout_of = layout_of
+        self._device = device
+        self._layouts: dict[str, Layout] = {}
+
+    def quantize(
+        self, model: nn.Module, spec: ModelSpec, stored_name: Renamer
+    ) -> Mapping[str, int]:
+        """Replace the frozen linears of a meta model, in place, but for those that are skipped.
+
+        Raises:
+            ConfigError: A name in ``quant.skip`` matches nothing, no linear is left, or the
+                checkpoint is quantised in another way.
+        """
+        check_stored_settings(self._config, spec)
+        stored_paths = _stored_paths(model, spec, stored_name)
+        kept = plan_skipped(self._config.skip, spec, _in_blocks(model, spec, stored_paths))
+        shared = _shared(model)
+        replaced: dict[nn.Module, QuantizedLinear] = {}
+        for path, stored in stored_paths.items():
+            module = model.get_submodule(path)
+            assert isinstance(module, nn.Linear), path
+            if module.weight.requires_grad or stored in kept or module.weight in shared:
+                continue
+            layout = self._layout_of((module.out_features, module.in_features))
+            self._layouts[path] = layout
+            replaced[module] = QuantizedLinear(layout, module.bias, module.weight.device)
+        if not replaced:
+            raise ConfigError(
+                f"quant={self._config.name}: no linear is left to quantise, as each is trained, "
+                f"tied to the embedding, or named by quant.skip={self._config.skip}; set "
+                "quant=none, or take names out of quant.skip"
+            )
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child in replaced:
+                    parent._modules[name] = replaced[child]
+        check_stored_linears(model, spec, stored_name)
+        return {"QuantizedLinear": len(replaced)}
+
+    def source(self, weights: TensorSource) -> TensorSource:
+        """``weights`` with the bytes of what was replaced."""
+        return QuantizedSource(weights, self._layouts, self._device)
+
+
+def _stored_paths(model: nn.Module, spec: ModelSpec, stored_name: Renamer) -> dict[str, str]:
+    """Path of every plain linear of the checkpoint -> its path there."""
+    paths = {}
+    for path, module in model.named_modules():
+        stored = stored_name(f"{path}.weight").removesuffix(".weight")
+        if type(module) is nn.Linear and stored in spec.linears:
+            paths[path] = stored
+    return paths
+
+
+def _in_blocks(model: nn.Module, spec: ModelSpec, stored_paths: Mapping[str, str]) -> list[str]:
+    """Stored paths of the linears of the repeated blocks."""
+    named = model.named_modules()
+    blocks = tuple(f"{path}." for path, module in named if isinstance(module, spec.block_types))
+    return [stored for path, stored in stored_paths.items() if path.startswith(blocks)]
+
+
+def _shared(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that have several names, such as a head that is tied to the embedding."""
+    every = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in every.items() if count > 1}
+
+
+def plan_skipped(skip: Sequence[str], spec: ModelSpec, in_blocks: Sequence[str]) -> set[str]:
+    """Dotted paths in the checkpoint of the linears that stay as they are.
+
+    A name is a role (``all-linear`` is every linear of the blocks), the last component of a path,
+    or a glob over whole paths. ConfigError for one that matches nothing; only ``head`` may.
+    """
+    roles = {role.value: [p for p, own in spec.linears.items() if own is role] for role in Role}
+    roles[ALL_LINEAR] = list(in_blocks)
+    chosen: set[str] = set()
+    for name in skip:
+        found = roles.get(name) or _matching(name, spec)
+        # The default names the head, which a model may lack.
+        if not found and name != Role.head.value:
+            raise _unmatched(name, spec, [role for role, paths in roles.items() if paths])
+        chosen.update(found)
+    return chosen
+
+
+def _matching(name: str, spec: ModelSpec) -> list[str]:
+    return [
+        path
+        for path in spec.linears
+        if path.rpartition(".")[2] == name or fnmatch.fnmatchcase(path, name)
+    ]
+
+
+def _unmatched(name: str, spec: ModelSpec, roles: Sequence[str]) -> ConfigError:
+    leaves = sorted({path.rpartition(".")[2] for path in spec.linears})
+    pool = [*roles, *leaves, *(spec.linears if "." in name else ())]
+    near = difflib.get_close_matches(name, pool, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return ConfigError(
+        f"quant.skip: {name!r} matches no linear layer of {spec.family} ({spec.path}); {hint}"
+        f"Roles: {', '.join(roles)}. Names: {', '.join(leaves)}"
+    )

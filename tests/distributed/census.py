@@ -1,0 +1,188 @@
+"""What a rank really holds while it trains, counted on live tensors, and what is planned of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from dtune.commands.plan_memory import MemoryPlan, MemoryRequest, plan_memory
+from dtune.measure.storages import StorageTally, distinct_bytes
+from dtune.models.load import build_model
+from dtune.models.schema import Attention, ModelConfig
+from dtune.objectives.causal import causal_loss
+from dtune.optim.schema import OPTIM
+from dtune.parallel.base import COMPUTE_DTYPES, TorchEngine
+from dtune.parallel.deepspeed import DeepSpeedEngine
+from dtune.parallel.schema import PARALLEL
+from dtune.patch.apply import apply_patches
+from dtune.patch.base import patch_names
+from dtune.peft.schema import PEFT
+from dtune.quant.schema import QUANT
+from dtune.runtime.schema import Precision, Recompute
+from dtune.runtime.world import World
+from dtune.types import Batch, Engine
+from tests.distributed.training import Setup, build_engine, make_batch
+
+LIVE = ("frozen", "masters", "copies", "gradients", "optimizer", "activations")
+"""What is planned of a rank, and counted."""
+
+
+@dataclass
+class Census:
+    """Bytes that one rank holds, counted."""
+
+    frozen: int = 0
+    masters: int = 0
+    copies: int = 0
+    gradients: int = 0
+    """The most that is left by a backward pass, of a first or a last micro batch."""
+    optimizer: int = 0
+    activations: int = 0
+    gathered: int = 0
+
+
+def held_part(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a parameter, also where DeepSpeed has taken its values out."""
+    part: Any = parameter
+    return part.ds_tensor if hasattr(part, "ds_tensor") else parameter
+
+
+def take_census(world: World, *, setup: Setup) -> dict[str, int]:
+    """Train one step, and count in the second."""
+    engine = build_engine(world, setup)
+    batch = make_batch(0, 0, packed=setup.packed).to(world.device)
+    for last in (False, True):
+        _micro(engine, batch, last=last)
+    engine.clip(1.0)
+    engine.step()
+    found = Census()
+    model = engine.module
+    for last in (False, True):
+        tally = StorageTally()
+        with tally, engine.micro(last=last):
+            loss = causal_loss(engine.model, batch).total
+            gc.collect()  # DeepSpeed's hooks are in cycles with what they have seen
+            found.activations = tally.alive(besides=[*_persistent(engine), *_inputs(batch)])
+            found.gathered = distinct_bytes(model.parameters()) if _is_zero3(engine) else 0
+            engine.backward(loss / 100)
+            del loss
+            gc.collect()
+        found.gradients = max(found.gradients, _gradients(engine, tally, batch))
+    found.frozen = distinct_bytes(held_part(p) for p in model.parameters() if not p.requires_grad)
+    trained = [held_part(p) for p in model.parameters() if p.requires_grad]
+    if isinstance(engine, TorchEngine):
+        found.masters = distinct_bytes(trained)
+    else:
+        found.masters, found.copies = distinct_bytes(_masters(engine)), distinct_bytes(trained)
+    engine.clip(1.0)
+    engine.step()
+    found.optimizer = distinct_bytes(_states(engine))
+    return asdict(found)
+
+
+def _micro(engine: Engine, batch: Batch, *, last: bool) -> None:
+    with engine.micro(last=last):
+        engine.backward(causal_loss(engine.model, batch).total / 100)
+
+
+def _is_zero3(engine: Engine) -> bool:
+    return any(hasattr(p, "ds_tensor") for p in engine.module.parameters())
+
+
+def _inputs(batch: Batch) -> list[torch.Tensor]:
+    tensors = [batch.input_ids, batch.labels, batch.position_ids, batch.document_ids]
+    return [*tensors, *([] if batch.attention_mask is None else [batch.attention_mask])]
+
+
+def _persistent(engine: Engine) -> Iterator[torch.Tensor]:
+    """What is there before and after, and what a rank gathers of others."""
+    model = engine.module
+    yield from (held_part(p) for p in model.parameters())
+    yield from model.parameters()
+    yield from model.buffers()
+    yield from (p.grad for p in model.parameters() if p.grad is not None)
+    if isinstance(engine, DeepSpeedEngine):
+        yield from _masters(engine)
+        zero: Any = engine._zero()
+        if hasattr(zero, "grad_partitions_flat_buffer"):
+            yield zero.grad_partitions_flat_buffer
+
+
+def _masters(engine: Any) -> list[torch.Tensor]:
+    zero = engine._zero()
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return list(zero.fp32_partitioned_groups_flat)
+    return list(zero.single_partition_of_fp32_groups)
+
+
+def _states(engine: Any) -> Iterator[torch.Tensor]:
+    optimizer = engine._optimizer if isinstance(engine, TorchEngine) else engine._zero().optimizer
+    for state in optimizer.state.values():
+        # Not the count of steps, a number of its own.
+        yield from (v for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
+
+
+def _gradients(engine: Any, tally: StorageTally, batch: Batch) -> int:
+    model = engine.module
+    if isinstance(engine, TorchEngine):
+        whole = _unsharded(model) if isinstance(model, FSDPModule) else []
+        return distinct_bytes([*(p.grad for p in model.parameters() if p.grad is not None), *whole])
+    zero = engine._zero()
+    if hasattr(zero, "grad_partitions_flat_buffer"):
+        return distinct_bytes([zero.grad_partitions_flat_buffer])
+    buckets = [b for bucket in zero.ipg_buckets.values() for b in bucket.buffer]
+    besides = [*model.parameters(), *model.buffers(), *_masters(engine), *buckets, *_inputs(batch)]
+    return tally.alive(besides=besides)
+
+
+def _unsharded(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Gradients that FSDP2 keeps whole because it has not reduced them."""
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        group: Any = module._get_fsdp_state()._fsdp_param_group
+        for one in group.fsdp_params if group else ():
+            if one.unsharded_accumulated_grad is not None:
+                yield one.unsharded_accumulated_grad
+            unsharded = one._unsharded_param if hasattr(one, "_unsharded_param") else None
+            if unsharded is not None and unsharded.grad is not None:
+                yield unsharded.grad
+
+
+def plan(setup: Setup, *, ranks: int, recompute: str = "") -> dict[str, int]:
+    """The same numbers planned, as ``dtune plan`` does; ``recompute`` overrides the setup's."""
+    found = _plan(setup, 1 if setup.engine == "single" else ranks, recompute or setup.recompute)
+    held = asdict(found.held)
+    saved = found.saved.activations + found.saved.copies
+    return {**{key: held[key] for key in LIVE if key in held}, "activations": saved}
+
+
+def _plan(setup: Setup, ranks: int, recompute: str) -> MemoryPlan:
+    device = torch.device("cpu")
+    precision = Precision(setup.precision)
+    config = ModelConfig(path=setup.model, attention=Attention.sdpa)
+    model, spec = build_model(config, dtype=COMPUTE_DTYPES[precision], device=device)
+    method = PEFT.config(setup.peft)(**dict(setup.peft_options)).build()
+    method.inject(model, spec)
+    QUANT.config(setup.quant)().build(device).quantize(model, spec, method.stored_name)
+    if setup.kernels:
+        apply_patches(model, patch_names(), spec)
+    request = MemoryRequest(
+        parallel=PARALLEL.config(setup.engine)(**dict(setup.engine_options)),
+        optim=OPTIM.config(setup.optim)(),
+        precision=precision,
+        recompute=Recompute(recompute),
+        offload=setup.offload,
+        ranks=ranks,
+        accumulates=True,
+        device=device,
+        rate_factor=method.rate_factor,
+    )
+    batch = make_batch(0, 0, packed=setup.packed)
+    return plan_memory(model, spec, request, batch, lambda m, b: causal_loss(m, b).total)

@@ -1,0 +1,97 @@
+"""What ``dtune plan`` says of memory is what a rank holds: counted, to the byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dtune.parallel.schema import PARALLEL
+from dtune.resources import resolve_path
+from tests.distributed.census import LIVE, plan
+from tests.distributed.pool import Pool
+from tests.distributed.training import Setup, config_folder
+
+CENSUS = "tests.distributed.census:take_census"
+TINY = Setup(resolve_path("dtune://tiny"), packed=True, steps=2, lr=1e-4)
+
+
+def fullest(ranks: list[dict[str, int]]) -> dict[str, int]:
+    """The most that any rank holds of each."""
+    return {key: max(rank[key] for rank in ranks) for key in LIVE}
+
+
+def legal(setup: Setup) -> bool:
+    return (setup.engine, setup.recompute) != ("zero3", "selective")
+
+
+TRAINED = [
+    ("full", "none", "fp32", "none"),
+    ("full", "none", "bf16", "selective"),
+    ("lora", "none", "bf16", "none"),
+    ("lora", "none", "fp32", "full"),
+    ("lora", "nf4", "bf16", "none"),
+    ("lora", "nf4", "bf16", "full"),
+]
+
+
+@pytest.mark.parametrize(
+    ("peft", "quant", "precision", "recompute"), TRAINED, ids=["-".join(case) for case in TRAINED]
+)
+@pytest.mark.parametrize("engine", PARALLEL.names())
+def test_the_tiny_model_takes_what_was_planned(
+    two_ranks: Pool, engine: str, peft: str, quant: str, precision: str, recompute: str
+) -> None:
+    setup = replace(
+        TINY, engine=engine, peft=peft, quant=quant, precision=precision, recompute=recompute
+    )
+    if not legal(setup):
+        pytest.skip("refused: dtune/config/support.py says why")
+    live = fullest(two_ranks.run(CENSUS, setup=setup))
+    assert live == plan(setup, ranks=2)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_a_wrong_number_is_noticed(two_ranks: Pool, engine: str) -> None:
+    """The comparison rejects the plan of another recomputation, method, precision or size."""
+    setup = replace(TINY, engine=engine, peft="lora")
+    live = fullest(two_ranks.run(CENSUS, setup=setup))
+    assert plan(setup, ranks=2, recompute="full")["activations"] < 0.9 * live["activations"]
+    assert plan(replace(setup, precision="bf16"), ranks=2)["frozen"] == live["frozen"] // 2
+    other = plan(replace(setup, peft="full"), ranks=2)
+    assert all(other[key] > 1.1 * live[key] for key in ("masters", "gradients", "optimizer"))
+    alone = plan(setup, ranks=1)
+    shared = [key for key in LIVE if alone[key] > 1.1 * live[key]]
+    assert shared == ([] if engine == "ddp" else ["frozen", "masters", "copies", *LIVE[3:5]])
+
+
+LARGE = [
+    ("single", "full", "none"),
+    ("single", "lora", "selective"),
+    ("ddp", "lora", "full"),
+    ("fsdp", "full", "full"),
+    ("fsdp", "lora", "selective"),
+    ("zero1", "lora", "none"),
+    ("zero2", "full", "none"),
+    ("zero3", "lora", "none"),
+    ("zero3", "full", "full"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "peft", "recompute"), LARGE)
+def test_a_model_of_200_mb_takes_what_was_planned(
+    two_ranks: Pool,
+    tmp_path_factory: pytest.TempPathFactory,
+    engine: str,
+    peft: str,
+    recompute: str,
+) -> None:
+    folder = config_folder(tmp_path_factory.mktemp("large"), blocks=8, hidden=1024)
+    setup = Setup(
+        str(folder), engine=engine, peft=peft, recompute=recompute, packed=True, random_weights=True
+    )
+    planned = plan(setup, ranks=2)
+    weights = planned["frozen"] + planned["masters"]
+    assert weights > 100e6 if engine in ("fsdp", "zero3") or peft == "full" else weights > 200e6
+    assert fullest(two_ranks.run(CENSUS, setup=setup)) == planned

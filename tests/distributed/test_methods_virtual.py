@@ -1,0 +1,87 @@
+"""Virtual tokens train under every engine as in one process, over every base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dtune.parallel.deepspeed import DeepSpeedEngine
+from dtune.peft.schema.p_tuning import Encoder
+from dtune.runtime.world import World
+from tests.distributed import training
+from tests.distributed.pool import Pool
+from tests.distributed.test_engine_curves import (
+    ENGINES,
+    Curve,
+    equal,
+    reference_of,
+    residuals,
+)
+from tests.distributed.training import Setup, config_folder
+
+STRICT_CURVE = "tests.distributed.test_methods_virtual:curve_with_nothing_left_whole"
+METHODS: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
+    "prompt": ("prompt", (("num_virtual_tokens", 5),)),
+    "mlp": ("p_tuning", (("num_virtual_tokens", 5),)),
+    "lstm": ("p_tuning", (("num_virtual_tokens", 5), ("encoder", Encoder.lstm), ("hidden", 16))),
+    "prefix": ("prefix", (("num_virtual_tokens", 5),)),
+    "projected": ("prefix", (("num_virtual_tokens", 5), ("projection", True))),
+}
+
+
+def curve_with_nothing_left_whole(world: World, *, setup: Setup) -> Curve:
+    """A curve under ZeRO-3 that keeps no small parameter whole on every rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = DeepSpeedEngine._settings
+
+        def settings(self: DeepSpeedEngine, model: Any) -> dict[str, Any]:
+            found = whole(self, model)
+            if self._config.stage == 3:
+                found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            return found
+
+        patch.setattr(DeepSpeedEngine, "_settings", settings)
+        return training.curve(world, setup=setup)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small architecture."""
+    return str(config_folder(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[Setup, Curve]:
+    """Curves of one process, by setup; filled as tests ask."""
+    return {}
+
+
+def setup_of(model: str, method: str, engine: str, **options: Any) -> Setup:
+    peft, settings = METHODS[method]
+    return Setup(
+        model,
+        engine=engine,
+        peft=peft,
+        peft_options=settings,
+        steps=10,
+        random_weights=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_curve_equals_single(
+    two_ranks: Pool, model: str, references: dict[Setup, Curve], engine: str, method: str
+) -> None:
+    # Packed and padded rows take turns: five engines and five methods see both.
+    packed = (ENGINES.index(engine) + list(METHODS).index(method)) % 2 == 0
+    setup = setup_of(model, method, engine, packed=packed)
+    first, second = two_ranks.run(STRICT_CURVE, setup=setup)
+    expected = reference_of(two_ranks, setup, references)
+    assert first == second
+    assert equal(first, expected), max(map(abs, residuals(first, expected)))
+    # It would be equal as well if nothing were trained.
+    assert len({loss for loss, _ in first}) == len(first)
+    assert all(norm > 0 for _, norm in first)
