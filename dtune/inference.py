@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtune.build import (
     STORAGE,
@@ -29,9 +28,11 @@ from dtune.evaluate.adapters import NamedAdapters, check_fits
 from dtune.evaluate.compare import TEXT
 from dtune.evaluate.heldout import HeldOut
 from dtune.evaluate.speaker import Speaker
-from dtune.models.load import build_model, load_tokenizer, model_folder
-from dtune.models.schema import Init, ModelConfig
+from dtune.models.load import build_model, load_tokenizer
+from dtune.models.schema import ModelConfig
 from dtune.models.sources import RenamedSource
+from dtune.parallel.ranges import fill_buffers
+from dtune.parallel.replica import allocate
 from dtune.parallel.schema.single import SingleConfig
 from dtune.peft.export import stored_path
 from dtune.runtime.world import World
@@ -92,8 +93,8 @@ def assemble_speaker(
     if not adapters:
         engine = parts.load(world, exported)
         return Speaker(engine.module, parts.tokenizer, world.device, engine.compute)
-    base = load_float_base(parts, dtype=STORAGE[precision])
-    cast(nn.Module, base).to(world.device)
+    base = load_float_base(parts, dtype=STORAGE[precision], device=world.device)
+    assert isinstance(base, PreTrainedModel), type(base)
     compute = SingleConfig().build(world, precision).compute
     speaker = Speaker(base, parts.tokenizer, world.device, compute, NamedAdapters(base, adapters))
     speaker.use(first)
@@ -104,8 +105,6 @@ def check_adapters(
     run: RunConfig, adapters: Mapping[str, AdapterFiles], *, same_base: bool = True
 ) -> None:
     """Raise ConfigError for an adapter that does not belong to the base; reads no weights."""
-    if run.model.init is Init.random:
-        raise ConfigError("model.init=random has no weights that an adapter could be put on")
     base, _ = build_model(run.model, dtype=STORAGE[run.precision.name])
     for files in adapters.values():
         check_fits(files, base)
@@ -133,48 +132,53 @@ def _check_base(files: AdapterFiles, model: ModelConfig) -> None:
     )
 
 
-def load_float_base(parts: Inference, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The base by transformers, on the CPU, with the weights that adapters were trained against.
+@torch.no_grad()
+def load_float_base(parts: Inference, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The base alone, without a method or quantiser, with the weights that were trained against.
 
     Where the run quantises, those of the quantised linears are the dequantised ones: it is them
-    that the adapter was fitted to. What the method takes out of the base and adds back (PiSSA)
-    is in the base as ever.
+    that the adapter was fitted to. What a method takes out of the base and adds back (PiSSA) is in
+    it as ever, and so are the first values of what the adapter replaces.
     """
-    config, built = parts.run.model, parts.built
-    base = AutoModelForCausalLM.from_pretrained(
-        model_folder(config, weights=True),
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if built.quantized:
-        _put_held(base, built, seed=parts.run.seed)
-    return cast(PreTrainedModel, base.eval())
-
-
-@torch.no_grad()
-def _put_held(base: nn.Module, built: BuiltModel, *, seed: int) -> None:
+    built = parts.built
     assert built.stored is not None
-    held = weights_of(built, seed=seed, start=None).held
+    model, _ = build_model(parts.run.model, dtype=dtype, device=device)
+    allocate(model, device)
+    held = weights_of(built, seed=parts.run.seed, start=None).held
     stored = RenamedSource(built.stored, built.method.stored_name)
     kept = built.method.base(stored)
-    for name, shape in built.frozen.items():
-        count = torch.Size(shape).numel()
-        values = held.read(name, 0, count).float().cpu()
-        if kept is not stored:
-            taken = stored.read(name, 0, count).float() - kept.read(name, 0, count).float()
-            values = values + taken
-        base.get_parameter(built.method.stored_name(name)).copy_(values.view(shape))
+    injected = {built.method.stored_name(name): name for name in built.frozen}
+    for stored_name, parameter in model.named_parameters():
+        count = parameter.numel()
+        if stored_name in injected:
+            name = injected[stored_name]
+            values = held.read(name, 0, count).float().cpu()
+            if kept is not stored:
+                taken = stored.read(name, 0, count).float() - kept.read(name, 0, count).float()
+                values = values + taken
+        else:
+            values = built.stored.read(stored_name, 0, count)
+        parameter.copy_(values.view(parameter.shape))
+        parameter.requires_grad_(False)
+    fill_buffers(model, built.stored)
+    model.eval()
+    return model
 
 
 def rows_to_compare(parts: Inference, count: int) -> list[Example]:
-    """The first held-out rows as they are trained on; a built-in text where there are none."""
+    """The first held-out rows as they are trained on; a built-in text where there are none.
+
+    New tokens come in a row of their own, because the others may hold none of them.
+    """
     run, objective = parts.run, parts.objective
+    text: list[int] = parts.tokenizer(TEXT)["input_ids"]
+    new = list(parts.built.spec.added_tokens)
+    further = [Example(0, [*new, *text[:1]], [*new, *text[:1]])] if new else []
     if run.data.eval_path == "none":
-        ids: list[int] = parts.tokenizer(TEXT)["input_ids"]
-        return [Example(0, ids, list(ids))]
+        return [Example(0, text, list(text)), *further]
     part = Part.of(run.data, "eval")
     rows = (row for _, row in part.parse(part.open()) if isinstance(row, Row))
     examples = [objective.render(row) for row in islice(rows, count)]
     if not examples:
         raise ConfigError(f"data.eval_path={run.data.eval_path} holds no row to compare on")
-    return examples
+    return [*examples, *further]

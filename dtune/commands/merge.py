@@ -151,6 +151,7 @@ class _Merging:
     ) -> tuple[list[torch.Tensor], PreTrainedModel, float]:
         """Logits of the base with its adapter, the merged model in fp32, how far the two move."""
         import torch
+        from transformers import PreTrainedModel
 
         from dtune.evaluate.adapters import load_adapter
         from dtune.evaluate.compare import compare_logits, logits_of
@@ -163,8 +164,9 @@ class _Merging:
             reference = logits_of(engine.module, examples, self.world.device, engine.compute)
             del engine
             gc.collect()
-        base = load_float_base(parts, dtype=torch.float32)
         cpu = torch.device("cpu")
+        base = load_float_base(parts, dtype=torch.float32, device=cpu)
+        assert isinstance(base, PreTrainedModel), type(base)
         before = logits_of(base, examples, cpu)
         untie_if_touched(base, self.files.shapes)
         wrapped = load_adapter(base, self.files)

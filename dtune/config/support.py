@@ -43,6 +43,19 @@ ILLEGAL: tuple[Illegal, ...] = (
         "train.recompute=full, or parallel=fsdp",
     ),
     Illegal(
+        {"peft": frozenset({"prefix"}), "train.compile": frozenset({"true"})},
+        "each block reads the keys and values of its own place, so that none is compiled like another",
+        "train.compile=false, or peft=lora",
+    ),
+    Illegal(
+        {
+            "peft": frozenset({"adalora"}),
+            "parallel": frozenset({"fsdp", "zero1", "zero2", "zero3"}),
+        },
+        "AdaLoRA ranks all targets by whole weights and gradients, of which each rank has pieces",
+        "parallel=ddp, or peft=lora",
+    ),
+    Illegal(
         {"train.compile": frozenset({"true"}), "parallel": frozenset({"zero3"})},
         "ZeRO-3 gathers weights in hooks that break a compiled block apart",
         "train.compile=false, or parallel=fsdp",

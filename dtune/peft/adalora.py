@@ -83,8 +83,9 @@ class Adalora(Tuner):
                 unit = torch.eye(len(square), dtype=square.dtype, device=square.device)
                 distances.append(torch.linalg.matrix_norm(square - unit))
         # One by one, as peft adds them up.
-        total = sum(distances[1:], start=distances[0])
-        return self.config.orthogonality * (total / len(distances))
+        total: torch.Tensor = sum(distances[1:], start=distances[0])
+        weighted: torch.Tensor = self.config.orthogonality * (total / len(distances))
+        return weighted
 
     def before_step(self) -> None:
         """Keep the gradients, which are gone after the step, by which importance is judged."""

@@ -50,6 +50,9 @@ class InitialSource:
 class Method:
     """What most methods answer: the base as it is stored, one learning rate."""
 
+    starts_at_base = True
+    """Whether the model computes at first what its base does."""
+
     def stored_name(self, name: str) -> str:
         """The name itself."""
         return name

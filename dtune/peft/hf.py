@@ -30,7 +30,7 @@ OURS = {
 }
 """Fields that are not options, and what is there instead."""
 
-READS_WEIGHT = frozenset({"GLORA", "HIRA", "HRA", "PEANUT", "SHIRA"})
+READS_WEIGHT = frozenset({"GLORA", "HIRA", "HRA", "PEANUT"})
 """Types whose layers compute with the weight of their base."""
 
 
@@ -51,7 +51,7 @@ class Hf(Tuner):
         return self._class(target_modules=targets, **self.config.options)
 
 
-STARTS_ELSEWHERE = frozenset({"C3A", "FOURIERFT", "WAVEFT"})
+STARTS_ELSEWHERE = frozenset({"C3A", "FOURIERFT"})
 """Types whose first values, unless an option says otherwise, change the model."""
 
 

@@ -108,11 +108,13 @@ class Tuner(Method):
                 parameter.data = parameter.data.float()
                 self._added[name] = tuple(parameter.shape)
         self._keys = keys_of(self._tuner)
-        self._buffers = {n: b for n, b in model.named_buffers() if n in self._keys}
+        self._buffers = {
+            n: tuple(b.shape) for n, b in _named_buffers(self._tuner) if n in self._keys
+        }
         trained = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
         stray = sorted(set(trained) - set(self._keys))
         assert not stray, f"trained, but not saved by peft: {stray[0]}"
-        self._shapes = trained | {n: tuple(b.shape) for n, b in self._buffers.items()}
+        self._shapes = trained | self._buffers
         self._fill_buffers(model)
         layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         trainable, total = count_parameters(model)
@@ -141,8 +143,8 @@ class Tuner(Method):
 
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as ``peft`` writes them."""
-        buffers = {name: self._model.get_buffer(name) for name in self._buffers}
-        save_adapter(chain(tensors, buffers.items()), Path(folder), self.adapter_plan())
+        buffers = ((n, b) for n, b in _named_buffers(self._tuner) if n in self._buffers)
+        save_adapter(chain(tensors, buffers), Path(folder), self.adapter_plan())
 
     def saved(self, folder: str) -> TensorSource:
         """What ``save``, or ``peft``, wrote. ConfigError where its settings are not these."""
@@ -259,23 +261,28 @@ def keys_of(tuner: BaseTuner) -> dict[str, str]:
     whole: Any = nn.Module()  # named as a PeftModel names what is in it
     whole.base_model, whole.peft_config = tuner, tuner.peft_config
     tensors = whole.state_dict(keep_vars=True)
-    # By objects that stand for them, because the keys are made by rules of each method.
-    names = {id(t): name for name, t in chain(_parameters(tuner.model), _buffers(tuner.model))}
+    # By objects that stand for them, because the keys are made by rules of each method. A buffer
+    # that layers share may be saved for each of them.
+    names: dict[int, list[str]] = {}
+    for name, tensor in chain(_named_parameters(tuner), _named_buffers(tuner)):
+        names.setdefault(id(tensor), []).append(name)
     kept = peft.get_peft_model_state_dict(whole, state_dict=tensors, save_embedding_layers=False)
-    keys: dict[str, str] = {}
-    for key, tensor in kept.items():
-        name = names[id(tensor)]
-        assert name not in keys, f"{name} is saved as {keys[name]} and as {key}"
-        keys[name] = key
-    return keys
+    return {names[id(tensor)].pop(0): key for key, tensor in kept.items()}
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
+def _named_parameters(tuner: BaseTuner) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from tuner.model.named_parameters()
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_buffers()
+def _named_buffers(tuner: BaseTuner) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of the model, as often as layers share them, and those that layers share."""
+    own: list[tuple[str, torch.Tensor]] = []
+    for name, buffer in tuner.named_buffers(remove_duplicate=False):
+        if name.startswith("model."):
+            yield name.removeprefix("model."), buffer
+        else:
+            own.append((f"tuner.{name}", buffer))
+    yield from own
 
 
 def peft_targets(paths: Sequence[str], spec: ModelSpec) -> list[str]:

@@ -93,6 +93,10 @@ def _document_starts(arguments: Mapping[str, Any], batch: tuple[int, int]) -> to
     return starts
 
 
+def _shares_one_row(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
 def _before_documents(starts_BS: torch.Tensor, count: int | None, num: int) -> Arrangement:
     """Give every document its own virtual tokens.
 
@@ -105,7 +109,7 @@ def _before_documents(starts_BS: torch.Tensor, count: int | None, num: int) -> A
     places = torch.arange(rows * length, device=device)
     if count is None:
         count = int(starts_BS.sum())
-    if device.type == "cpu":
+    if not _shares_one_row(device):
         shape = rows, length + num * int(starts_BS.sum(1).max())
         columns = torch.arange(length) + num * starts_BS.cumsum(1)
         tokens = (columns + shape[1] * torch.arange(rows)[:, None]).flatten()

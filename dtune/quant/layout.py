@@ -286,8 +286,10 @@ def as_bytes(values: torch.Tensor) -> torch.Tensor:
 
 def as_floats(data: torch.Tensor) -> torch.Tensor:
     """Flat bytes as fp32; copied where they begin at no multiple of four, as gathered ones may."""
-    aligned = data if data.storage_offset() % FP32_BYTES == 0 else data.clone()
-    return aligned.view(torch.float32)
+    # torch.compile cannot ask; ZeRO-3, which gathers so, does not compile.
+    if not torch.compiler.is_compiling() and data.storage_offset() % FP32_BYTES:
+        data = data.clone()
+    return data.view(torch.float32)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from dtune_kernels.library import apply
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dtune.quant.layout import ByteWeight, Layout
@@ -65,12 +66,14 @@ class _FrozenLinear(torch.autograd.Function):
         return F.linear(x, ByteWeight(layout, parts).dequantize(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the bias."""
-        (dy,) = grads
+        # Read once, and also where no gradient needs it: recomputation counts who reads.
+        parts = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ByteWeight(ctx.layout, ctx.saved_tensors).dequantize(dy.dtype)
+            dx = dy @ ByteWeight(ctx.layout, parts).dequantize(dy.dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.flatten(0, -2).sum(dim=0)
-        return dx, dbias, None, *(None for _ in ctx.saved_tensors)
+        return dx, dbias, None, *[None] * len(parts)

@@ -104,9 +104,9 @@ def _in_blocks(model: nn.Module, spec: ModelSpec, stored_paths: Mapping[str, str
 
 
 def _shared(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that have several names, such as a head that is tied to the embedding."""
-    every = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {parameter for parameter, count in every.items() if count > 1}
+    """Parameters of several modules, such as the weight of a head that is tied to the embedding."""
+    owners = Counter(p for module in model.modules() for p in module._parameters.values())
+    return {parameter for parameter, count in owners.items() if parameter is not None and count > 1}
 
 
 def plan_skipped(skip: Sequence[str], spec: ModelSpec, in_blocks: Sequence[str]) -> set[str]:

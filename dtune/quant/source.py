@@ -46,16 +46,13 @@ class QuantizedSource:
         path, _, leaf = name.rpartition(".")
         layout = self._layouts.get(path)
         is_made = leaf == "weight" or self._part(name) is not None
-        if layout is None or not is_made or f"{path}.{CODES}" in self._weights or start == stop:
-            return self._read_stored(name, start, stop)
+        if layout is None or not is_made or f"{path}.{CODES}" in self._weights:
+            return self._weights.read(name, start, stop)
+        if stop <= start:
+            return torch.empty(0, dtype=torch.float32 if leaf == "weight" else torch.uint8)
         maker = self._maker_of(path)
         make = layout.restore if leaf == "weight" else partial(layout.make, leaf)
         return make(start, stop, maker).cpu()
-
-    def _read_stored(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if start == stop and self._part(name) is not None:
-            return torch.empty(0, dtype=torch.uint8)
-        return self._weights.read(name, start, stop)
 
     def _part(self, name: str) -> tuple[str, str] | None:
         """Path and part of a name of bytes."""

@@ -32,7 +32,9 @@ def untie_if_touched(base: PreTrainedModel, keys: Mapping[str, tuple[int, ...]])
     if shared is None or shared is not dict(embedding.named_parameters()).get("weight"):
         return False
     names = [name for name, module in base.named_modules() if module in (head, embedding)]
-    if not any(f".{name}." in f".{key}" for name in names for key in keys):
+    # Rows of new tokens are for both; peft puts them into either.
+    updates = [key for key in keys if ".token_adapter." not in key]
+    if not any(f".{name}." in f".{key}" for name in names for key in updates):
         return False
     head.register_parameter("weight", nn.Parameter(shared.detach().clone(), requires_grad=False))
     config: Any = base.config
@@ -66,6 +68,7 @@ def save_merged(
     # Its decorators hide the type of ``to`` from checkers.
     owner: Any = model
     owner.to(dtype)
+    owner.config.architectures = [type(model).__name__]
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ConfigError(

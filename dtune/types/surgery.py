@@ -28,6 +28,8 @@ class PeftMethod(Protocol):
 
     export_name: str
     """Folder of what ``save`` writes in a run: ``adapter``, or ``model`` for the whole of it."""
+    starts_at_base: bool
+    """Whether the model computes at first what its base does."""
 
     def inject(self, model: nn.Module, spec: ModelSpec) -> InjectReport:
         """On the meta device, in place. ConfigError if a target matches nothing.

@@ -20,6 +20,11 @@ def run_of(chosen: dict[str, str]) -> RunConfig:
     return load_frozen(compose_overrides("train", [*overrides, *extra]))
 
 
+def check(chosen: dict[str, str]) -> None:
+    run = run_of(chosen)
+    check_run(run, 1 if run.parallel.name == "single" else 2)
+
+
 def cells_of(rule: Illegal) -> list[dict[str, str]]:
     groups = list(rule.options)
     return [
@@ -32,7 +37,7 @@ def cells_of(rule: Illegal) -> list[dict[str, str]]:
 def test_every_illegal_cell_is_refused_with_the_nearest_legal_one(rule: Illegal) -> None:
     for cell in cells_of(rule):
         with pytest.raises(ConfigError) as error:
-            check_run(run_of(cell), 1 if cell.get("parallel") == "single" else 2)
+            check(cell)
         assert rule.instead in str(error.value)
         assert all(f"{group}={option}" in str(error.value) for group, option in cell.items())
 
@@ -43,7 +48,7 @@ def test_what_a_rule_proposes_is_legal(rule: Illegal) -> None:
         for proposal in rule.instead.split(", or "):
             group, _, option = proposal.partition("=")
             chosen = {**cell, group: option}
-            check_run(run_of(chosen), 1 if chosen.get("parallel") == "single" else 2)
+            check(chosen)
 
 
 def test_rules_name_groups_and_options_that_exist() -> None:

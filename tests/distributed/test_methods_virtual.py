@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,3 +86,57 @@ def test_curve_equals_single(
     # It would be equal as well if nothing were trained.
     assert len({loss for loss, _ in first}) == len(first)
     assert all(norm > 0 for _, norm in first)
+
+
+@pytest.mark.parametrize(
+    ("engine", "recompute"), [("single", "selective"), ("fsdp", "selective"), ("zero3", "full")]
+)
+@pytest.mark.parametrize("method", ["prompt", "projected"])
+def test_recomputation_changes_nothing(
+    two_ranks: Pool,
+    model: str,
+    references: dict[Setup, Curve],
+    engine: str,
+    recompute: str,
+    method: str,
+) -> None:
+    """Blocks computed again get the same prefix, which transformers would take from them."""
+    setup = replace(setup_of(model, method, engine, recompute=recompute, packed=True), steps=3)
+    curve = two_ranks.run(STRICT_CURVE, setup=setup)[0]
+    plain = reference_of(two_ranks, replace(setup, recompute="none"), references)
+    assert equal(curve, plain)
+    if engine == "single":
+        assert curve == plain
+
+
+@pytest.mark.parametrize(
+    ("method", "quant", "engine"),
+    [("prompt", "nf4", "fsdp"), ("lstm", "int8", "zero3"), ("projected", "nf4", "zero3")],
+)
+def test_a_quantised_base_changes_nothing_of_it(
+    two_ranks: Pool,
+    model: str,
+    references: dict[Setup, Curve],
+    method: str,
+    quant: str,
+    engine: str,
+) -> None:
+    setup = setup_of(model, method, engine, quant=quant, packed=True)
+    curve = two_ranks.run(STRICT_CURVE, setup=setup)[0]
+    assert equal(curve, reference_of(two_ranks, setup, references))
+    plain = reference_of(two_ranks, replace(setup, quant="none"), references)
+    assert not equal(curve, plain), "the base was not quantised"
+
+
+@pytest.mark.parametrize("method", ["lstm", "prefix"])
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_half_precision_follows_fp32(
+    two_ranks: Pool, model: str, references: dict[Setup, Curve], engine: str, method: str
+) -> None:
+    """bf16 keeps 8 bits: 2^-8 a rounding, and a loss is the mean of many."""
+    setup = setup_of(model, method, engine, precision="bf16", packed=True)
+    curve = two_ranks.run(STRICT_CURVE, setup=setup)[0]
+    exact = reference_of(two_ranks, replace(setup, precision="fp32"), references)
+    for (loss, _), (expected, _) in zip(curve, exact, strict=True):
+        assert abs(loss - expected) <= 2**-6 * expected
+    assert curve != exact

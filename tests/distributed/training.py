@@ -29,7 +29,16 @@ from dtune.peft.schema import PEFT
 from dtune.quant.schema import QUANT
 from dtune.runtime.schema import Precision, Recompute
 from dtune.runtime.world import World
-from dtune.types import IGNORE_INDEX, Batch, Engine, FlatShard, PeftMethod, TensorSource
+from dtune.train.participant import WithMethod
+from dtune.types import (
+    IGNORE_INDEX,
+    Batch,
+    Engine,
+    FlatShard,
+    PeftMethod,
+    TakesPartInSteps,
+    TensorSource,
+)
 
 VOCABULARY = 128
 LENGTH = 24
@@ -46,6 +55,7 @@ class Setup:
     peft: str = "full"
     peft_options: tuple[tuple[str, Any], ...] = ()
     quant: str = "none"
+    quant_options: tuple[tuple[str, Any], ...] = ()
     precision: str = "fp32"
     steps: int = 20
     micros: int = 2
@@ -121,6 +131,11 @@ class Built:
     frozen: dict[str, tuple[int, ...]]
     """Shapes of what is not trained, before quantisation."""
 
+    @property
+    def participant(self) -> TakesPartInSteps | None:
+        """The method, where it takes part in steps."""
+        return self.method if isinstance(self.method, TakesPartInSteps) else None
+
 
 def build_engine(world: World, setup: Setup) -> Engine:
     """A prepared engine; ``single`` runs by itself on whichever rank builds it."""
@@ -143,7 +158,7 @@ def build(world: World, setup: Setup, *, saved: Path | None = None) -> Built:
     method = PEFT.config(setup.peft)(**dict(setup.peft_options)).build()
     method.inject(model, spec)
     frozen = {n: tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
-    quantizer = QUANT.config(setup.quant)().build(world.device)
+    quantizer = QUANT.config(setup.quant)(**dict(setup.quant_options)).build(world.device)
     quantizer.quantize(model, spec, method.stored_name)
     if setup.kernels:
         apply_patches(model, patch_names(), spec)
@@ -175,7 +190,13 @@ def build_schedule_of(config: ScheduleConfig, optimizer: torch.optim.Optimizer) 
     return build_schedule(config, optimizer, 30)
 
 
-def train(world: World, engine: Engine, setup: Setup, steps: range) -> list[tuple[float, float]]:
+def train(
+    world: World,
+    engine: Engine,
+    setup: Setup,
+    steps: range,
+    participant: TakesPartInSteps | None = None,
+) -> list[tuple[float, float]]:
     """Loss (over all ranks) and gradient norm of each step."""
     alone = setup.engine == "single"
     rank, size = (0, 1) if alone else (world.rank, world.size)
@@ -191,9 +212,15 @@ def train(world: World, engine: Engine, setup: Setup, steps: range) -> list[tupl
             with engine.micro(last=number == each - 1):
                 loss = causal_loss(engine.model, batch.to(world.device)).total / weight
                 total += loss.detach()
+                if participant is not None and number == each - 1:
+                    loss = loss + participant.penalty() / size
                 engine.backward(loss * engine.grad_scale * setup.grad_scale_error)
         norm = engine.clip(setup.max_norm)
+        if participant is not None:
+            participant.before_step()
         engine.step()
+        if participant is not None:
+            participant.after_step(step + 1, setup.steps)
         total = total if alone else world.sum(total)
         curve.append((total.item(), norm.item()))
     return curve
@@ -224,16 +251,16 @@ class StateSource:
         return shard.local[start - shard.start : stop - shard.start]
 
 
-def copied(built: Built) -> tuple[StateSource, dict[str, float | int]]:
+def copied(world: World, built: Built) -> tuple[StateSource, dict[str, float | int]]:
     """What a checkpoint taken now gives back."""
-    state = built.engine.state()
+    state = WithMethod(built.engine, built.participant, world).state()
     return StateSource(state.shards), dict(state.scalars)
 
 
-def put_back(built: Built, state: tuple[StateSource, dict[str, float | int]]) -> None:
+def put_back(world: World, built: Built, state: tuple[StateSource, dict[str, float | int]]) -> None:
     """Go on from what ``copied`` took."""
     source, scalars = state
-    built.engine.load_state(source, scalars)
+    WithMethod(built.engine, built.participant, world).load_state(source, scalars)
 
 
 def _tensors(engine: Engine) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from dtune.cli import main
 from dtune.evaluate.compare import Bounds, compare_logits
 from dtune.types import Example
 from tests.integration.train_runs import read_json
-from tests.integration.trained_runs import base_model, save_adapter, train_run
+from tests.integration.trained_runs import BASE, base_model, save_adapter, train_run
 
 # Methods whose merge has maths of its own in peft, one of each; more are in the matrix.
 METHODS = ("lora", "dora", "pissa", "ia3", "oft", "layernorm")
@@ -54,6 +54,36 @@ def test_a_merged_model_alone_gives_the_logits_of_base_and_adapter(
     assert record["difference"]["mean"] / record["difference"]["spread"] <= bounds.mean
     assert record["adapter_moves_logits"] > 0.01
     assert AutoTokenizer.from_pretrained(out).chat_template is not None
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.added_tokens=['<|new|>']", "peft.targets=[q_proj,head]"]
+)
+def test_what_reaches_the_embedding_and_the_head_is_merged_into_both_or_one(
+    setting: str, tmp_path: Path
+) -> None:
+    run, out = train_run(tmp_path, "peft=lora", setting), tmp_path / "merged"
+    # Compared with dtune's own model, new tokens among the prompts.
+    assert main(["merge", f"run_dir={run}", f"out={out}", "dtype=fp32"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    is_tied = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert is_tied == ("added_tokens" in setting)
+    new = len(AutoTokenizer.from_pretrained(out)) - len(AutoTokenizer.from_pretrained(BASE))
+    assert new == int("added_tokens" in setting)
+
+
+@pytest.mark.parametrize("cell", ["lora nf4", "pissa nf4", "lora int8"])
+def test_over_a_quantised_base_what_was_trained_against_is_merged(
+    cell: str, tmp_path: Path
+) -> None:
+    method, quant = cell.split()
+    run, out = train_run(tmp_path, f"peft={method}", f"quant={quant}"), tmp_path / "merged"
+    assert main(["merge", f"run_dir={run}", f"out={out}", "dtype=fp32"]) == 0
+    # dtune's own model of bytes gave the reference; the base as it is stored is far from it.
+    merged = logits(AutoModelForCausalLM.from_pretrained(out).eval())
+    stored = logits(peft.PeftModel.from_pretrained(base_model(), run / "adapter").eval())
+    bounds = Bounds.of_rounding([torch.float32], num_layers=4, width=128, perplexity_ratio=1.02)
+    assert float((merged - stored).abs().mean() / stored.std()) > 100 * bounds.mean
 
 
 @pytest.mark.parametrize(

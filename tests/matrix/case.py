@@ -40,7 +40,8 @@ class Seen:
 
 def curve(world: World, *, setup: Setup) -> Curve:
     """Loss and gradient norm of each step."""
-    return train(world, build(world, setup).engine, setup, range(STEPS))
+    built = build(world, setup)
+    return train(world, built.engine, setup, range(STEPS), built.participant)
 
 
 def run_cell(world: World, *, setup: Setup, folder: Path) -> Seen:
@@ -48,12 +49,12 @@ def run_cell(world: World, *, setup: Setup, folder: Path) -> Seen:
     built = build(world, setup)
     batch = make_batch(99, 0, packed=False)
     before = logits_of(built.engine, batch)
-    points = train(world, built.engine, setup, range(MIDDLE))
-    state = copied(built)
-    points += train(world, built.engine, setup, range(MIDDLE, STEPS))
+    points = train(world, built.engine, setup, range(MIDDLE), built.participant)
+    state = copied(world, built)
+    points += train(world, built.engine, setup, range(MIDDLE, STEPS), built.participant)
     again = build(world, setup)
-    put_back(again, state)
-    rest = train(world, again.engine, setup, range(MIDDLE, STEPS))
+    put_back(world, again, state)
+    rest = train(world, again.engine, setup, range(MIDDLE, STEPS), again.participant)
     resumed = rest == points[MIDDLE:] and _same(built.engine, again.engine)
     trained = logits_of(built.engine, batch)
     Exporter(built.engine, built.method, built.held, built.frozen, NoTokenizer(), world).export(

@@ -7,10 +7,8 @@ import os
 import subprocess
 import sysconfig
 import venv
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from dtune.cli import main
@@ -36,64 +34,57 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, adapter, ids = json.loads(sys.argv[1])
 try:
     import dtune
 except ModuleNotFoundError:
     pass
 else:
     raise AssertionError(dtune)
-loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-if adapter:
-    from peft import PeftModel
-    loaded = PeftModel.from_pretrained(loaded, adapter)
-template = AutoTokenizer.from_pretrained(adapter or model).chat_template
-assert "generation" in template, template
-with torch.no_grad():
-    logits = loaded.eval()(input_ids=torch.tensor([ids])).logits[0]
-torch.save(logits, sys.argv[2])
+
+told = json.loads(sys.argv[1])
+found = {}
+for name, (model, adapter) in told["models"].items():
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter:
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    template = AutoTokenizer.from_pretrained(adapter or model).chat_template
+    assert "generation" in template, template
+    with torch.no_grad():
+        found[name] = loaded.eval()(input_ids=torch.tensor([told["ids"]])).logits[0].clone()
+torch.save(found, sys.argv[2])
 assert not [name for name in sys.modules if name.split(".")[0].startswith("dtune")]
 """
 
-Load = Callable[..., torch.Tensor]
+# Name -> folder of a model, and of an adapter on it or nothing.
+Models = dict[str, tuple[Path | str, Path | str]]
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """Logits of a model, with an adapter or without, by a Python that cannot import dtune."""
-    folder = tmp_path_factory.mktemp("clean")
-    venv.create(folder / "environment", with_pip=False)
+def load_elsewhere(folder: Path, models: Models) -> dict[str, torch.Tensor]:
+    """Logits of models by a Python that has transformers and peft and cannot import dtune."""
     base = str(folder / "environment")
+    venv.create(base, with_pip=False)
     home = Path(sysconfig.get_path("purelib", vars={"base": base}))
     # As a .pth line it adds the packages there, but not what their own .pth files add: an editable
     # dtune stays out.
     (home / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (folder / "load.py").write_text(LOAD)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-
-    def logits(model: Path | str, adapter: Path | str = "") -> torch.Tensor:
-        out = folder / "logits.pt"
-        told = json.dumps([str(model), str(adapter), IDS])
-        done = subprocess.run(
-            [Path(base, "bin", "python"), "-I", folder / "load.py", told, out],
-            cwd=folder,
-            env={**clean, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        found: torch.Tensor = torch.load(out, weights_only=True)
-        return found
-
-    return logits
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_run(tmp_path_factory.mktemp("run"), "peft=lora")
+    pairs = {name: [str(model), str(adapter)] for name, (model, adapter) in models.items()}
+    told = json.dumps({"models": pairs, "ids": IDS})
+    done = subprocess.run(
+        [Path(base, "bin", "python"), "-I", folder / "load.py", told, folder / "logits.pt"],
+        cwd=folder,
+        env={**clean, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, torch.Tensor] = torch.load(folder / "logits.pt", weights_only=True)
+    return found
 
 
 def logits_by_dtune(run: Path) -> torch.Tensor:
@@ -113,23 +104,25 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().mean() / other.std())
 
 
-def test_adapter_and_merged_model_give_dtunes_logits_where_there_is_no_dtune(
-    run: Path, load: Load, tmp_path: Path
-) -> None:
-    trained = logits_by_dtune(run)
+def test_what_is_written_gives_dtunes_logits_where_there_is_no_dtune(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    lora, full = train_run(tmp_path, "peft=lora"), train_run(tmp_path / "full", "peft=full")
+    merged = tmp_path / "merged"
+    assert main(["merge", f"run_dir={lora}", f"out={merged}", "dtype=fp32"]) == 0
+    found = load_elsewhere(
+        tmp_path,
+        {
+            "base": (BASE, ""),
+            "adapter": (BASE, lora / "adapter"),
+            "merged": (merged, ""),
+            "model": (full / "model", ""),
+        },
+    )
     bound = Bounds.of_rounding([torch.float32], num_layers=4, width=128, perplexity_ratio=1.02)
-    with_adapter = load(BASE, run / "adapter")
-    assert difference(with_adapter, trained) <= bound.mean
-    assert main(["merge", f"run_dir={run}", f"out={tmp_path / 'merged'}", "dtype=fp32"]) == 0
-    assert difference(load(tmp_path / "merged"), trained) <= bound.mean
-    # The base alone is far away.
-    assert difference(load(BASE), trained) > 1000 * bound.mean
-
-
-def test_a_model_of_a_run_gives_dtunes_logits_where_there_is_no_dtune(
-    load: Load, tmp_path: Path
-) -> None:
-    run = train_run(tmp_path, "peft=full")
-    bound = Bounds.of_rounding([torch.float32], num_layers=4, width=128, perplexity_ratio=1.02)
-    # Loaded by both from the export, which is in the dtype of its base.
-    assert difference(load(run / "model"), logits_by_dtune(run)) <= bound.mean
+    trained = logits_by_dtune(lora)
+    assert difference(found["adapter"], trained) <= bound.mean
+    assert difference(found["merged"], trained) <= bound.mean
+    # Both load the export, which is in the dtype of its base.
+    assert difference(found["model"], logits_by_dtune(full)) <= bound.mean
+    # What does not load the weights that were trained is far away.
+    assert difference(found["base"], trained) > 1000 * bound.mean

@@ -36,6 +36,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.test_engine_curves import Curve, equal, residuals
 from tests.integration.train_runs import held_out, read_json, settings
 from tests.unit.families import CPU, save_family
+from tests.unit.test_models_bnb import KINDS, quantised
 
 NEW = ["<call>", "Zeppelin!", "<end of call>"]
 TEXT = "It flies.<call>Zeppelin!x<end of call> It flies."
@@ -256,26 +257,43 @@ def test_it_is_said_that_servers_do_not_take_them(
     assert "leave model.added_tokens empty" in caplog.text
 
 
-def test_engines_that_cut_parameters_train_them_as_one_process_does(
-    two_ranks: Pool, base: Path
-) -> None:
+def curves(
+    pool: Pool, base: Path, *more: str
+) -> tuple[Curve, dict[str, torch.Tensor], dict[str, tuple[Curve, dict[str, torch.Tensor]]]]:
+    """Curve and rows of one process, and those of engines that cut parameters."""
     tokens = json.dumps(NEW).replace('"', "'")
     given = settings(base / "run", f"model.path={base}", f"model.added_tokens={tokens}")
-    given += ["precision=fp32", "peft=lora", "kernels=torch", "schedule.warmup_steps=2"]
+    given += ["precision=fp32", "peft=lora", "kernels=torch", "schedule.warmup_steps=2", *more]
 
     def curve(engine: str) -> tuple[Curve, dict[str, torch.Tensor]]:
         case = {"overrides": [*given, f"parallel={engine}"], "first_id": TOKENS, "steps": 6}
-        return two_ranks.run("tests.unit.added_token_ranks:curve", **case)[0]
+        return pool.run("tests.unit.added_token_ranks:curve", **case)[0]
 
-    alone, rows = curve("single")
+    return *curve("single"), {engine: curve(engine) for engine in ("fsdp", "zero3")}
+
+
+def test_engines_that_cut_parameters_train_them_as_one_process_does(
+    two_ranks: Pool, base: Path
+) -> None:
+    alone, rows, others = curves(two_ranks, base)
     assert rows.keys() == own_rows(base)
-    for engine in ("fsdp", "zero3"):
-        points, spread = curve(engine)
+    for points, spread in others.values():
         assert equal(points, alone), residuals(points, alone)
         assert rows.keys() == spread.keys()
         for name, wanted in rows.items():
             # A step moves a number by no more than about the rate, 3e-3.
             assert (spread[name] - wanted).abs().max() < 6 * 3e-3 / 100, name
+
+
+def test_over_a_checkpoint_of_bitsandbytes(two_ranks: Pool, tmp_path: Path) -> None:
+    save_family(
+        "llama", tmp_path / "base", vocab_size=TOKENS, hidden_size=64, intermediate_size=128
+    )
+    folder = quantised(tmp_path / "base", tmp_path / "nf4", KINDS["nf4_double"][0])
+    AutoTokenizer.from_pretrained(resolve_path("dtune://tiny")).save_pretrained(folder)
+    alone, _, others = curves(two_ranks, folder, "quant=nf4")
+    for points, _ in others.values():
+        assert equal(points, alone), residuals(points, alone)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

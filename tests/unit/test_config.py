@@ -84,12 +84,12 @@ def test_synonyms_point_to_what_exists() -> None:
 @pytest.mark.parametrize(
     ("override", "answer"),
     [
-        ("peft.rnk=8", "unknown key peft.rnk; did you mean peft.rank?"),
-        ("+peft.rnk=8", "unknown key peft.rnk; did you mean peft.rank?"),
+        ("peft.rnk=8", "unknown key peft.rnk; did you mean peft.rank"),
+        ("+peft.rnk=8", "unknown key peft.rnk; did you mean peft.rank"),
         ("lora_alpha=8", "peft.alpha"),
         ("learning_rate=1", "optim.lr"),
         ("pfet=lora", "peft=..."),
-        ("peft=lorra", "did you mean peft=lora?"),
+        ("peft=lorra", "did you mean peft=lora"),
         ("parallel=zero4", "parallel=zero3"),
         ("model.attention=sdp", "model.attention=sdpa"),
         ("optim.lr=fast", "optim.lr: Value 'fast'"),

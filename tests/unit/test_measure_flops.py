@@ -53,9 +53,7 @@ def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model, spec = build_model(config, dtype=torch.float32)
     PEFT.config(request.param)().build().inject(model, spec)
     lengths = np.full(5, 2 * LENGTH)
-    formula = speed_of(
-        count_matrices(model), spec, lengths, Precision.fp32, CPU
-    ).flops_per_token
+    formula = speed_of(count_matrices(model), spec, lengths, Precision.fp32, CPU).flops_per_token
     # Of whatever values: operations are counted.
     allocate(model, CPU.device)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH))

@@ -22,6 +22,7 @@ from tests.contracts.small_models import (
 from tests.distributed.participants import Seen
 from tests.distributed.pool import Pool
 from tests.distributed.training import Setup
+from tests.integration.runs import exported
 
 STEPS = 12
 OPTIONS = (("rank", 4), ("final_rank", 2), ("initial_share", 0.2), ("final_share", 0.4))
@@ -146,6 +147,33 @@ def test_saved_adapter_holds_the_ranks_that_are_left_and_peft_loads_it(
     # Ranks that are left out added exact zeros, in sums of another length.
     assert torch.allclose(logits, seen["logits"], rtol=0, atol=2e-5 * float(logits.abs().max()))
     assert torch.equal(seen["again"], seen["logits"])
+
+
+def test_a_run_that_is_stopped_and_resumed_exports_the_same(one_rank: Pool, tmp_path: Path) -> None:
+    """From a checkpoint on disk, in the middle of taking ranks away."""
+    train = "tests.integration.runs:train"
+
+    def overrides(name: str) -> list[str]:
+        return [
+            f"run_dir={tmp_path / name}",
+            "peft=adalora",
+            "model=tiny",
+            "data=instruct",
+            "data.eval_path=none",
+            "train.max_steps=8",
+            "train.micro_batch_size=2",
+            "train.global_batch_size=4",
+            "data.max_length=64",
+            "optim.lr=1e-2",
+            *(f"peft.{key}={value}" for key, value in OPTIONS),
+        ]
+
+    assert one_rank.run(train, overrides=overrides("whole")) == ["done"]
+    assert one_rank.run(train, overrides=overrides("cut"), stop_at=4) == ["preempted"]
+    assert one_rank.run(train, overrides=[*overrides("cut"), "resume=auto"]) == ["done"]
+    whole, cut = (exported(tmp_path / name) for name in ("whole", "cut"))
+    assert whole == cut
+    assert whole
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dtune.errors import ConfigError
 from dtune.models.spec import describe
 from dtune.patch.apply import apply_patches, unpatch
 from dtune.patch.base import patch_names
+from dtune.peft import virtual_rows
 from dtune.peft.schema import PEFT
 from dtune.peft.virtual_rows import arrange
 from dtune.types import NUM_DOCUMENTS, Batch, FusesLoss
@@ -98,21 +99,30 @@ def test_padding_on_the_right_changes_nothing(peft: str) -> None:
         assert (found - expected).abs().max() <= LIMIT * scale
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_documents_lie_in_one_row_where_the_host_must_not_wait(rows: int) -> None:
-    """On a device: the same documents in the same order, none of them cut."""
-    batch = make_batch(1, 0, packed=True, rows=rows)
-    arguments = {
+@pytest.mark.parametrize("peft", ["prompt", "p_tuning"])
+def test_on_a_device_all_documents_lie_in_one_row(
+    peft: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the host, which knows their number, waits for nothing; with the same results."""
+    model, _ = adapted("llama", peft=peft, num_virtual_tokens=N, attention="sdpa")
+    batch = make_batch(1, 0, packed=True)
+    rows = train_step(model, batch)
+    shapes = []
+    model.get_submodule("model").register_forward_hook(
+        lambda _, __, output: shapes.append(output.last_hidden_state.shape[:2])
+    )
+    monkeypatch.setattr(virtual_rows, "_shares_one_row", lambda _: True)
+    one = train_step(model, batch)
+    assert shapes == [(1, batch.input_ids.numel() + N * batch.num_documents)]
+    assert largest_difference(rows, one) <= LIMIT
+    meta = {
         "input_ids": batch.input_ids.to("meta"),
         "position_ids": batch.position_ids.to("meta"),
         "use_cache": False,
         NUM_DOCUMENTS: batch.num_documents,
     }
-    shape = (rows, batch.input_ids.shape[1])
-    found = arrange(arguments, shape, N)
-    assert found.shape == (1, batch.input_ids.numel() + N * batch.num_documents)
-    assert len(found.tokens) == batch.input_ids.numel()
-    assert len(found.virtual) == N * batch.num_documents
+    # Where reading a value is an error.
+    arrange(meta, tuple(batch.input_ids.shape), N)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

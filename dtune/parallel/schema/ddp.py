@@ -21,12 +21,19 @@ class DdpConfig(ParallelConfig):
     """Each rank holds the whole model; gradients are reduced in buckets."""
 
     name: str = "ddp"
-    # Size of a gradient bucket in MiB.
+    # Size of a gradient bucket in MiB; buckets are reduced while the backward pass goes on.
     bucket_mib: int = 25
+    # Beside a frozen base, gradients of at most so many MiB in all are reduced as one bucket.
+    one_bucket_mib: int = 1024
 
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:
             raise ConfigError(f"parallel.bucket_mib={self.bucket_mib} must be at least 1")
+        if self.one_bucket_mib < 0:
+            raise ConfigError(
+                f"parallel.one_bucket_mib={self.one_bucket_mib} must not be negative; set 0 to "
+                "reduce in buckets of parallel.bucket_mib always"
+            )
 
     def build(self, world: World, precision: Precision) -> Engine:
         """Import and construct the engine."""

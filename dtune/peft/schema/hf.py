@@ -27,7 +27,6 @@ TYPES = (
     "PVERA",
     "RANDLORA",
     "ROAD",
-    "SHIRA",
     "WAVEFT",
 )
 """Types that are tested; HF ``peft`` 0.18 and later has most of them."""
@@ -62,6 +61,7 @@ REFUSED = {
     "POLY": "needs the task of each row, which batches do not have",
     "PSOFT": "starts from the weights of the base",
     "SHADOW": "adds a second model, not a layer",
+    "SHIRA": "picks the elements that it trains from weights in memory",
     "SUPERTUNING": "chooses by the weights of the base what it trains",
     "TINYLORA": "starts from the weights of the base",
     "TRAINABLE_TOKENS": "is about embeddings; see model.added_tokens",
@@ -78,7 +78,7 @@ class HfConfig(TunerConfig):
     """A method of the installed HF ``peft`` by its name there, with the options of its config."""
 
     name: str = "hf"
-    # Name of the method in HF peft, a PeftType: BOFT, FOURIERFT, RANDLORA, MISS, HRA, SHIRA, ...
+    # Name of the method in HF peft, a PeftType: BOFT, FOURIERFT, RANDLORA, MISS, HRA, ...
     type: str = "GRALORA"
     # Fields of that method's config in HF peft, such as {r: 16}.
     options: dict[str, Any] = field(default_factory=dict)

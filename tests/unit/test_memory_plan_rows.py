@@ -1,0 +1,57 @@
+"""The memory rows of ``dtune plan``, as a user reads them."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtune.cli import main
+from dtune.optim.schema import OPTIM
+
+ADAPTER = 155_648
+"""Parameters of LoRA of rank 16 on every linear of the embedded model."""
+
+
+TOTAL = "total on the device"
+
+
+def told(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, int]:
+    argv = ["plan", "experiment=quickstart", "kernels=torch", *overrides]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.rpartition(" GiB ") for line in lines if " bytes" in line]
+    return {
+        name.rpartition("  ")[0].strip(): int(rest.split(" bytes")[0].replace(",", ""))
+        for name, _, rest in rows
+    }
+
+
+def test_rows_follow_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = told(capsys)
+    assert plain["trained parameters"] == plain["gradients"] == 4 * ADAPTER
+    assert plain["optimizer state"] == 8 * ADAPTER
+    assert plain[TOTAL] == sum(plain.values()) - plain[TOTAL]
+    full = told(capsys, "train.recompute=full")
+    assert full["saved activations"] < 0.3 * plain["saved activations"]
+    assert all(full[k] == plain[k] for k in plain if k not in ("saved activations", TOTAL))
+    moved = told(capsys, "train.offload_activations=true")
+    both = moved["saved activations"] + moved["offloaded activations"]
+    assert both == plain["saved activations"]
+
+
+def test_eight_bit_state_counts_its_scales_and_leaves_small_tensors_alone() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    import torch
+
+    sizes = (64 * 64, 64 * 65, 300, 10_000)
+    config = OPTIM.config("adamw8bit")()
+    parameters = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
+    optimizer = bnb.optim.AdamW8bit(parameters)
+    for index, parameter in enumerate(parameters):
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+        state = optimizer.state[parameter]
+        held = sum(
+            value.numel() * value.itemsize
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor) and not key.startswith("qmap")
+        )
+        assert config.state_of(parameter.numel()) == held
