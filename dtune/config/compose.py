@@ -27,6 +27,9 @@ HYDRA_FLAGS = frozenset(
     "--config-path --config-name --config-dir --experimental-rerun --info".split()
 )
 
+# Keys whose own keys are not ours to name.
+OPEN_KEYS = ("peft.options",)
+
 
 def register_schemas() -> None:
     """Store every typed config under ``<group>/schema/<name>``, and the run's as ``schema/run``."""
@@ -114,8 +117,12 @@ def check_flags(argv: Sequence[str]) -> None:
 
 def _both_spellings(argv: Sequence[str]) -> Iterator[str]:
     # Hydra takes experiment=x or +experiment=x, depending on the defaults list; users type either.
+    # It takes keys that no schema names only with ++ before them.
     for argument in argv:
-        yield argument[1:] if argument.startswith("+experiment=") else argument
+        if argument.startswith(tuple(f"{key}{sign}" for key in OPEN_KEYS for sign in ".=")):
+            yield f"++{argument}"
+        else:
+            yield argument[1:] if argument.startswith("+experiment=") else argument
 
 
 @contextmanager

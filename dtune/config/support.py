@@ -44,7 +44,7 @@ ILLEGAL: tuple[Illegal, ...] = (
     ),
     Illegal(
         {"peft": frozenset({"prefix"}), "train.compile": frozenset({"true"})},
-        "each block reads the keys and values of its own place, so that none is compiled like another",
+        "each block reads the keys and values of its own place: none is compiled like another",
         "train.compile=false, or peft=lora",
     ),
     Illegal(

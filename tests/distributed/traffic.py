@@ -6,17 +6,18 @@ of what is gathered, and twice that of what is reduced, from each of n ranks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dtune.runtime.world import World
 from tests.distributed.training import VOCABULARY, Setup, build_engine, train
 
-HEADERS = 8192
-"""Bytes that gloo may add to one collective: a few messages to each of some ranks."""
 COUNTED = Path("/proc/self/io")
 
 
@@ -26,42 +27,47 @@ def bytes_written() -> int:
     return int(rows["wchar"])
 
 
-def count_step(world: World, *, setup: Setup) -> dict[str, Any]:
-    """Bytes that this rank sends in the second step of a run, and the sizes of its parameters."""
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank sends in one step."""
+
+    sent: int
+    """Bytes."""
+    sizes: dict[str, int]
+    """Bytes of every parameter, whole."""
+    reduced: list[int]
+    """Bytes of each tensor that was given to an all-reduce of torch.distributed."""
+
+    def linears(self) -> int:
+        """Bytes of the frozen linears."""
+        return sum(size for name, size in self.sizes.items() if "_proj.base." in name)
+
+
+def count_step(world: World, *, setup: Setup) -> Traffic:
+    """Count the second step of a run."""
     engine = build_engine(world, setup)
-    shapes = {name: (p.numel(), p.itemsize) for name, p in engine.module.named_parameters()}
-    if setup.engine == "zero3":
-        shapes = {n: (p.ds_numel, p.itemsize) for n, p in engine.module.named_parameters()}
+    sizes = {name: _numel(p) * p.itemsize for name, p in engine.module.named_parameters()}
     train(world, engine, setup, range(1))
-    dist.barrier()
-    before = bytes_written()
-    train(world, engine, setup, range(1, 2))
-    sent = bytes_written() - before
-    return {"sent": sent, "sizes": {name: n * size for name, (n, size) in shapes.items()}}
-
-
-def count_reductions(world: World, *, setup: Setup) -> dict[str, Any]:
-    """The same for one all-reduce of the gradients' size, and what the gradients' bytes are."""
-    engine = build_engine(world, setup)
-    trained = [p for p in engine.module.parameters() if p.requires_grad]
-    calls: list[int] = []
+    reduced: list[int] = []
     real = dist.all_reduce
 
     def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(tensor.nbytes)
+        reduced.append(tensor.nbytes)
         return real(tensor, *args, **kwargs)
 
-    train(world, engine, setup, range(1))
-    batch_free = {"gradients": sum(4 * p.numel() for p in trained)}
     dist.barrier()
-    dist.all_reduce = counted
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
         before = bytes_written()
         train(world, engine, setup, range(1, 2))
         sent = bytes_written() - before
-    finally:
-        dist.all_reduce = real
-    return {**batch_free, "sent": sent, "calls": calls}
+    return Traffic(sent, sizes, reduced)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, which ZeRO-3 has taken the shape of."""
+    place: Any = parameter
+    return int(place.ds_numel) if "ds_numel" in vars(parameter) else parameter.numel()
 
 
 def wide_config(folder: Path) -> Path:

@@ -1,8 +1,8 @@
 """Every method learns the embedded task as well as its YAML states, also over quantised bases.
 
 A bar is a comment line of ``conf/peft/<name>.yaml`` or ``conf/quant/<name>.yaml``, such as
-``# Learns: exact match of 0.85 with optim.lr=4e-3 train.epochs=2``. ``3 x base`` is three times what
-the model scores before.
+``# Learns: exact match of 0.85 with optim.lr=4e-3 train.epochs=2``. ``3 x base`` is three times
+what the model scores before.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from dtune.config.compose import compose_overrides
+from dtune.config.freeze import load_frozen
 from dtune.errors import ConfigError
 from dtune.peft.base import replace_module
 from dtune.peft.hf import READS_WEIGHT, Hf, fits
@@ -253,6 +255,18 @@ def test_options_are_checked_against_the_config_of_peft(
 def test_other_types_are_refused_with_what_serves(kind: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         HfConfig(type=kind)
+
+
+@pytest.mark.parametrize(
+    "written", ["peft.options.r=8", "peft.options={r: 8}", "+peft.options.r=8"]
+)
+def test_options_are_set_like_any_key(written: str) -> None:
+    text = compose_overrides(
+        "train", ["experiment=quickstart", "peft=hf", "peft.type=miss", written]
+    )
+    config = load_frozen(text).peft
+    assert isinstance(config, HfConfig)
+    assert (config.type, config.options) == ("MISS", {"r": 8})
 
 
 def test_annotations_of_peft_are_understood() -> None:
