@@ -56,6 +56,14 @@ ILLEGAL: tuple[Illegal, ...] = (
         "parallel=ddp, or peft=lora",
     ),
     Illegal(
+        {
+            "train.offload_activations": frozenset({"true"}),
+            "train.compile": frozenset({"true"}),
+        },
+        "what a compiled block saves for its backward is decided inside of it",
+        "train.compile=false, or train.offload_activations=false",
+    ),
+    Illegal(
         {"train.compile": frozenset({"true"}), "parallel": frozenset({"zero3"})},
         "ZeRO-3 gathers weights in hooks that break a compiled block apart",
         "train.compile=false, or parallel=fsdp",
@@ -75,6 +83,7 @@ def choices(run: RunConfig) -> dict[str, str]:
         "optim": run.optim.name,
         "train.recompute": run.train.recompute.value,
         "train.compile": str(run.train.compile).lower(),
+        "train.offload_activations": str(run.train.offload_activations).lower(),
     }
 
 
@@ -126,6 +135,7 @@ def matrix() -> dict[str, tuple[str, ...]]:
         "precision": tuple(precision.value for precision in Precision),
         "train.recompute": tuple(recompute.value for recompute in Recompute),
         "train.compile": ("false", "true"),
+        "train.offload_activations": ("false", "true"),
     }
 
 

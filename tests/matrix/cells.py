@@ -21,6 +21,7 @@ DEFAULTS = {
     "optim": "adamw",
     "train.recompute": "none",
     "train.compile": "false",
+    "train.offload_activations": "false",
 }
 
 
