@@ -29,6 +29,8 @@ MIB = 1 << 20
 RANKS = 2
 ENGINES = ("single", "ddp", "fsdp", "zero1", "zero2", "zero3")
 METHODS = ("full", "lora")
+QUANTISING = 4
+"""fp32 tensors of the size of a weight that the plain quantiser of a CPU makes on its way."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class Share:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Peak growth of the rank that grew most, and what it may be, in bytes."""
+    """Peak growth of the rank that grew most, and what it may be, in bytes.
+
+    ``model``: of the model before quantisation.
+    """
 
     engine: str
     method: str
     precision: str
+    quant: str
     model: int
     share: Share
     largest: int
@@ -64,7 +70,9 @@ class Measurement:
     @property
     def bound(self) -> float:
         """The share and the largest tensor, and 15 %."""
-        return 1.15 * (self.share.total + self.largest)
+        return 1.15 * (
+            self.share.total + self.largest * (1 if self.quant == "none" else QUANTISING)
+        )
 
 
 def write_model(folder: Path, mib: float) -> None:
@@ -89,7 +97,9 @@ def write_model(folder: Path, mib: float) -> None:
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=f"{max(1, int(mib * 0.6))}MB")
 
 
-def _load(world: Any, folder: Path, engine: str, method: str, precision: str) -> tuple[Any, Any]:
+def _load(
+    world: Any, folder: Path, engine: str, method: str, precision: str, quant: str
+) -> tuple[Any, Any]:
 
     from dtune.models.load import build_model, open_weights
     from dtune.models.schema import Attention, ModelConfig
@@ -100,6 +110,7 @@ def _load(world: Any, folder: Path, engine: str, method: str, precision: str) ->
     from dtune.parallel.base import COMPUTE_DTYPES
     from dtune.parallel.schema import PARALLEL
     from dtune.peft.schema import PEFT
+    from dtune.quant.schema import QUANT
     from dtune.runtime.schema import Precision, Recompute
 
     config = ModelConfig(path=str(folder), attention=Attention.sdpa)
@@ -108,19 +119,23 @@ def _load(world: Any, folder: Path, engine: str, method: str, precision: str) ->
     weights = open_weights(config, model, spec, seed=0)
     peft = PEFT.config(method)().build()
     peft.inject(model, spec)
+    whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    quantizer = QUANT.config(quant)().build(world.device)
+    quantizer.quantize(model, spec, peft.stored_name)
     stored = RenamedSource(weights, peft.stored_name)
-    meta = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    held = quantizer.source(stored)
+    sizes = [(p.numel(), p.requires_grad, p.itemsize) for p in model.parameters()]
     built = PARALLEL.config(engine)().build(world, Precision(precision))
     built.prepare(
         model,
         spec,
-        source=ChainedSource([peft.source(stored, stored, 0), stored]),
+        source=ChainedSource([peft.source(stored, held, 0), held]),
         optimizer=AdamwConfig().build,
         schedule=lambda optimizer: build_schedule(ScheduleConfig(), optimizer, 10),
         recompute=Recompute.none,
         compile_blocks=False,
     )
-    return built, meta
+    return built, (whole, sizes)
 
 
 def _rank(rank: int, port: int, jobs: dict[str, Any], pipe: Connection) -> None:
@@ -137,13 +152,13 @@ def _rank(rank: int, port: int, jobs: dict[str, Any], pipe: Connection) -> None:
     from dtune.runtime.world import World
 
     world = World.start()
-    how = (jobs["engine"], jobs["method"], jobs["precision"])
+    how = (jobs["engine"], jobs["method"], jobs["precision"], jobs["quant"])
     small = _load(world, jobs["small"], *how)
     world.barrier()
     pipe.send("ready")
     pipe.recv()
-    loaded, meta = _load(world, jobs["folder"], *how)
-    pipe.send(meta)
+    loaded, sizes = _load(world, jobs["folder"], *how)
+    pipe.send(sizes)
     pipe.recv()
     del small, loaded
 
@@ -155,11 +170,15 @@ def _anonymous(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def share_of(engine: str, meta: list[tuple[int, bool]], precision: str, ranks: int) -> Share:
-    """What a rank holds, from the sizes of the parameters and whether each is trained."""
+Sizes = list[tuple[int, bool, int]]
+"""Elements of each parameter, whether it is trained, and bytes of an element while it is not."""
+
+
+def share_of(engine: str, sizes: Sizes, precision: str, ranks: int) -> Share:
+    """What a rank holds of the parameters."""
     low = 4 if precision == "fp32" else 2
-    frozen = sum(numel for numel, trained in meta if not trained) * low
-    trained = sum(numel for numel, trained in meta if trained)
+    frozen = sum(numel * itemsize for numel, trained, itemsize in sizes if not trained)
+    trained = sum(numel for numel, trained, _ in sizes if trained)
     if engine in ("single", "ddp"):
         return Share(frozen + 4 * trained, 0, 0)
     if engine == "fsdp":
@@ -169,7 +188,9 @@ def share_of(engine: str, meta: list[tuple[int, bool]], precision: str, ranks: i
     return Share(whole // ranks if engine == "zero3" else whole, cut, cut)
 
 
-def measure(folder: Path, small: Path, *, engine: str, method: str, precision: str) -> Measurement:
+def measure(
+    folder: Path, small: Path, *, engine: str, method: str, precision: str, quant: str = "none"
+) -> Measurement:
     """Load once in fresh processes and return what was measured."""
     size = 1 if engine == "single" else RANKS
     with socket.socket() as server:
@@ -183,6 +204,7 @@ def measure(folder: Path, small: Path, *, engine: str, method: str, precision: s
         "engine": engine,
         "method": method,
         "precision": precision,
+        "quant": quant,
         "size": size,
         "folder": folder,
         "small": small,
@@ -206,18 +228,19 @@ def measure(folder: Path, small: Path, *, engine: str, method: str, precision: s
     while not all(pipe.poll() for pipe in pipes):
         peaks = [max(p, _anonymous(pid)) for p, pid in zip(peaks, pids, strict=True) if pid]
         time.sleep(0.001)
-    meta = pipes[0].recv()
+    model, sizes = pipes[0].recv()
     for pipe, process in zip(pipes, processes, strict=True):
         pipe.send("end")
         process.join()
-    width = 4 if precision == "fp32" else 2
+    largest = max(numel * (4 if trained else itemsize) for numel, trained, itemsize in sizes)
     return Measurement(
         engine,
         method,
         precision,
-        model=sum(numel for numel, _ in meta) * width,
-        share=share_of(engine, meta, precision, size),
-        largest=max(numel * (4 if trained else width) for numel, trained in meta),
+        quant,
+        model=model,
+        share=share_of(engine, sizes, precision, size),
+        largest=largest,
         peak=max(peak - start for peak, start in zip(peaks, base, strict=True)),
     )
 
@@ -225,7 +248,9 @@ def measure(folder: Path, small: Path, *, engine: str, method: str, precision: s
 def table(rows: list[Measurement]) -> str:
     """The measurements as text, in MiB."""
     names = ("model", "params", "masters", "grads", "largest", "bound", "peak")
-    head = f"{'engine':8}{'method':8}{'precision':10}" + "".join(f"{name:>8}" for name in names)
+    head = f"{'engine':8}{'method':8}{'precision':10}{'quant':6}" + "".join(
+        f"{name:>8}" for name in names
+    )
     lines = ["MiB per rank; bound: 1.15 x (params + masters + grads + largest)", head + "  verdict"]
     for row in rows:
         share = row.share
@@ -233,7 +258,7 @@ def table(rows: list[Measurement]) -> str:
         sizes = (row.model, *held, row.largest, row.bound, row.peak)
         verdict = "within" if row.peak <= row.bound else "ABOVE"
         lines.append(
-            f"{row.engine:8}{row.method:8}{row.precision:10}"
+            f"{row.engine:8}{row.method:8}{row.precision:10}{row.quant:6}"
             + "".join(f"{size / MIB:8.1f}" for size in sizes)
             + f"  {verdict}"
         )
@@ -246,6 +271,7 @@ def main() -> int:
     parser.add_argument("engines", nargs="*", default=ENGINES)
     parser.add_argument("--mib", type=float, default=200.0)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--quant", default="none", choices=("none", "nf4", "fp4", "int8"))
     parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -253,9 +279,16 @@ def main() -> int:
         write_model(folder, arguments.mib)
         write_model(small, 2.0)
         rows = [
-            measure(folder, small, engine=e, method=m, precision=arguments.precision)
+            measure(
+                folder,
+                small,
+                engine=e,
+                method=m,
+                precision=arguments.precision,
+                quant=arguments.quant,
+            )
             for e in arguments.engines
-            for m in METHODS
+            for m in (METHODS if arguments.quant == "none" else METHODS[1:])
         ]
     sys.stdout.write(table(rows) + "\n")
     if arguments.json:

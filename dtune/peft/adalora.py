@@ -12,7 +12,8 @@ from pathlib import Path
 
 import peft
 import torch
-from peft.tuners.adalora.layer import RankAllocator
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from torch import nn
 
 from dtune.errors import ConfigError
@@ -61,10 +62,11 @@ class Adalora(Tuner):
         )
 
     def adapt(self, model: nn.Module) -> None:
-        """Freeze the ranks by which updates are divided: they are constants."""
-        for name, parameter in model.named_parameters():
-            if ".ranknum." in name:
-                parameter.requires_grad_(False)
+        """Keep the ranks by which updates are divided as buffers: they are constants."""
+        for module in model.modules():
+            if isinstance(module, AdaLoraLayer):
+                rank = torch.full((1,), float(self.config.rank))
+                module.ranknum = BufferDict({ADAPTER: rank}, persistent=False)
 
     def inject(self, model: nn.Module, spec: ModelSpec) -> InjectReport:
         """Put the layers in, in place. ConfigError where a target or a setting does not fit."""

@@ -32,6 +32,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         ("zero1", (("reduce_bucket_size", 1000),)),
         ("zero2", (("cpu_offload", True),)),
         ("zero3", (("reduce_bucket_size", 10_000),)),
+        ("zero3", (("param_persistence_threshold", 0),)),
     ],
     ids=str,
 )

@@ -20,9 +20,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "model", folder / "small"
 
 
-def measured(models: tuple[Path, Path], engine: str, method: str = "full") -> Measurement:
+def measured(
+    models: tuple[Path, Path], engine: str, method: str = "full", quant: str = "none"
+) -> Measurement:
     """One measurement in fp32, shown where a test fails."""
-    row = measure(*models, engine=engine, method=method, precision="fp32")
+    row = measure(*models, engine=engine, method=method, precision="fp32", quant=quant)
     sys.stdout.write(table([row]) + "\n")
     return row
 
@@ -41,3 +43,12 @@ def test_peak_of_loading_is_the_share_and_the_largest_tensor(
 def test_fsdp_holds_half_of_what_a_replica_holds(models: tuple[Path, Path]) -> None:
     half, whole = measured(models, "fsdp", "lora"), measured(models, "ddp", "lora")
     assert half.peak < 0.6 * whole.peak
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_a_base_in_4_bits_is_never_there_in_floats(models: tuple[Path, Path], engine: str) -> None:
+    """Floats of a piece at a time, while the bytes are made; the plain quantiser makes several."""
+    row = measured(models, engine, "lora", "nf4")
+    assert row.share.total < 0.5 * row.model
+    assert row.peak <= row.bound
+    assert replace(row, peak=row.peak + row.model).peak > row.bound

@@ -95,3 +95,11 @@ def test_ddp_reduces_in_buckets_where_it_is_told_to(pool: Pool, setup: Setup) ->
     gradients = sum(size for name, size in traffic.sizes.items() if "lora_" in name)
     assert traffic.reduced == [4]
     assert traffic.sent > 2 * (pool.size - 1) / pool.size * gradients
+
+
+def test_ddp_resumes_bit_for_bit_where_the_order_of_sums_is_free(pool: Pool, setup: Setup) -> None:
+    """From three ranks on, an element's place in the bucket decides in which order it is added."""
+    chosen = replace(setup, engine="ddp", quant="nf4", precision="fp32", steps=4, micros=pool.size)
+    answer = pool.run("tests.distributed.training:resume", setup=chosen, at=2)[0]
+    assert answer["resumed"] == answer["uninterrupted"]
+    assert answer["equal_weights"]

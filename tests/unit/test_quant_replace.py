@@ -76,7 +76,7 @@ def test_the_head_where_it_is_not_skipped(base: Path) -> None:
         (["head", "down_proj"], PROJECTIONS - {"down_proj"}),
         (["all-linear"], {"lm_head"}),
     ],
-    ids=str,
+    ids=["attention", "mlp", "down_proj", "all-linear"],
 )
 def test_skipped_by_role_or_name(base: Path, skip: list[str], left: set[str]) -> None:
     model, _, method, _ = quantised(base, skip=skip)

@@ -29,7 +29,7 @@ class QuantConfig:
 class ByteConfig(QuantConfig):
     """Frozen linear weights are kept as bytes."""
 
-    # Linears that stay as they are: roles (head, attention, mlp), names (down_proj), or globs.
+    # Linears that stay floats: roles (head, attention, mlp, all-linear), names (down_proj), globs.
     skip: list[str] = field(default_factory=lambda: ["head"])
 
 
