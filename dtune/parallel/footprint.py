@@ -20,9 +20,8 @@ from dtune.types import ModelSpec
 MASTER = 4
 """Bytes of an element of masters and of their gradients."""
 
-# DeepSpeed's defaults, which the engine leaves as they are.
+# DeepSpeed's own, which the engine leaves as they are.
 ZERO_ALIGNMENT = 2
-ZERO3_PERSISTENT = 100_000
 ZERO3_LIVE = 1_000_000_000
 
 

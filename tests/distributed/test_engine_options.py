@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -43,15 +43,22 @@ def test_options_change_no_number(
     assert equal(two_ranks.run(CURVE, setup=chosen)[0], two_ranks.run(CURVE, setup=setup)[0])
 
 
+# At the first every gradient overflows until halving has brought it down, at the second none does.
+ABSURD_SCALE, USUAL_SCALE = 2.0**24, 2.0**12
+
+
 @pytest.mark.parametrize("engine", ["single", "ddp", "fsdp"])
 def test_overflow_skips_the_step_and_lowers_the_scale(
     two_ranks: Pool, setup: Setup, engine: str
 ) -> None:
-    """At an absurd scale every gradient overflows until halving has brought it down."""
-    answer = two_ranks.run(FP16, setup=replace(setup, engine=engine, precision="fp16"))[0]
-    assert answer["skipped"] == answer["overflows"] > 0
-    assert answer["scale"] == answer["first_scale"] / 2 ** answer["skipped"]
-    assert answer["optimizer_step"] == answer["schedule_position"] == 8 - answer["skipped"]
+    chosen = replace(setup, engine=engine, precision="fp16")
+    check_overflow(two_ranks.run(FP16, setup=chosen, first_scale=ABSURD_SCALE)[0], chosen.steps)
+
+
+def check_overflow(answer: dict[str, Any], steps: int) -> None:
+    assert steps > answer["skipped"] == answer["overflows"] > 0
+    assert answer["scale"] == ABSURD_SCALE / 2 ** answer["skipped"]
+    assert answer["optimizer_step"] == answer["schedule_position"] == steps - answer["skipped"]
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
@@ -60,14 +67,16 @@ def test_fp16_under_deepspeed_follows_single(two_ranks: Pool, setup: Setup, engi
     chosen = replace(setup, engine=engine, precision="fp16")
     with pytest.raises(RankError, match="precision=bf16"):
         two_ranks.run(CURVE, setup=chosen)
-    answer = two_ranks.run(FP16, setup=chosen)[0]
-    alone = two_ranks.run(FP16, setup=replace(chosen, engine="single"))[0]
-    for key in ("skipped", "overflows", "scale", "optimizer_step", "schedule_position"):
-        assert answer[key] == alone[key], key
-    for point, expected in zip(answer["curve"], alone["curve"], strict=True):
-        for one, other in zip(point, expected, strict=True):
-            both_overflowed = not (math.isfinite(one) or math.isfinite(other))
-            assert both_overflowed or abs(one - other) <= 2**-7 * other
+    check_overflow(two_ranks.run(FP16, setup=chosen, first_scale=ABSURD_SCALE)[0], chosen.steps)
+    answer = two_ranks.run(FP16, setup=chosen, first_scale=USUAL_SCALE)[0]
+    alone = replace(chosen, engine="single")
+    expected = two_ranks.run(FP16, setup=alone, first_scale=USUAL_SCALE)[0]
+    for key in ("scale", "optimizer_step", "schedule_position"):
+        assert answer[key] == expected[key], key
+    assert answer["skipped"] == expected["skipped"] == 0
+    for point, right in zip(answer["curve"], expected["curve"], strict=True):
+        for one, other in zip(point, right, strict=True):
+            assert abs(one - other) <= 2**-7 * other
 
 
 def test_a_shard_size_that_does_not_divide_the_ranks_is_refused(

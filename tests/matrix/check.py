@@ -28,7 +28,9 @@ OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {}
 LR = 3e-3
 LR_OF = {"lora_plus": LR / 16, "pissa": LR / 10, "olora": LR / 10}
 # Nothing of the tiny model is small enough to be left whole on every rank.
-ENGINE_OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {}
+ENGINE_OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "zero3": (("param_persistence_threshold", 0),)
+}
 
 
 @dataclass(frozen=True)
