@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,10 @@ def curve(world: World, *, setup: Setup) -> Curve:
 
 def run_cell(world: World, *, setup: Setup, folder: Path) -> Seen:
     """Train, resume and export; ``folder`` gets the exported weights."""
+    if setup.engine == "single":
+        # Each rank by itself.
+        folder = folder.with_name(f"{folder.name}-{world.rank}")
+        world = replace(world, rank=0, size=1)
     built = build(world, setup)
     batch = make_batch(99, 0, packed=False)
     before = logits_of(built.engine, batch)
