@@ -10,6 +10,7 @@ from dtune.data.schema import Format
 from dtune.errors import ConfigError
 from dtune.parallel.schema import PARALLEL
 from dtune.patch.schema import Backend
+from dtune.peft.schema.hf import READS_WEIGHT, HfConfig
 from dtune.runtime.capabilities import require
 from dtune.runtime.schema import Precision, Recompute
 
@@ -164,6 +165,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     if rule is not None:
         cell = " with ".join(f"{group}={chosen[group]}" for group in rule.options)
         raise ConfigError(f"{cell}: {rule.reason}; use {rule.instead}")
+    _check_peft_type(run)
     _check_packages(run)
     _check_world(run, world_size)
     _check_data(run)
@@ -172,6 +174,16 @@ def check_run(run: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"schedule.warmup_steps={run.schedule.warmup_steps} leaves none of "
             f"train.max_steps={run.train.max_steps}; lower it or raise train.max_steps"
+        )
+
+
+def _check_peft_type(run: RunConfig) -> None:
+    if run.quant.name == "none" or not isinstance(run.peft, HfConfig):
+        return
+    if run.peft.type in READS_WEIGHT:
+        raise ConfigError(
+            f"peft.type={run.peft.type} with quant={run.quant.name}: its layers compute with the "
+            "weights of the base themselves; use quant=none, or peft=lora"
         )
 
 

@@ -13,7 +13,7 @@ import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from dtune.errors import ConfigError
-from dtune.peft.schema.hf import TYPES, HfConfig
+from dtune.peft.schema.hf import READS_WEIGHT, TYPES, HfConfig
 from dtune.peft.tuners import NEUTRAL, Tuner
 
 OURS = {
@@ -29,9 +29,6 @@ OURS = {
     "target_parameters": "set peft.targets",
 }
 """Fields that are not options, and what is there instead."""
-
-READS_WEIGHT = frozenset({"GLORA", "HIRA", "HRA", "PEANUT"})
-"""Types whose layers compute with the weight of their base."""
 
 
 class Hf(Tuner):

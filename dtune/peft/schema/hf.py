@@ -31,6 +31,9 @@ TYPES = (
 )
 """Types that are tested; HF ``peft`` 0.18 and later has most of them."""
 
+READS_WEIGHT = frozenset({"GLORA", "HIRA", "HRA", "PEANUT"})
+"""Types whose layers compute with the weight of their base, which must be a float then."""
+
 OWN = {
     "ADALORA": "peft=adalora",
     "ADAPTION_PROMPT": "peft=prefix",
