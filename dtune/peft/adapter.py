@@ -33,9 +33,9 @@ from dtune.peft.export import (
     ADAPTER_WEIGHTS,
     AdapterPlan,
     Write,
-    _stream,
     adapter_source,
     stored_path,
+    stream_tensors,
 )
 from dtune.peft.schema.adapter import Activation, AdapterConfig, Kind
 from dtune.runtime.tensors import TensorEntry, TensorWriter
@@ -164,7 +164,7 @@ class Adapter(Method):
             writer = stack.enter_context(TensorWriter(path, entries, metadata={"format": "pt"}))
             return lambda name, tensor: writer.write(plan.keys[name], tensor)
 
-        _stream(tensors, Path(folder), start)
+        stream_tensors(tensors, Path(folder), start)
 
     def saved(self, folder: str) -> TensorSource:
         """What ``save`` wrote. ConfigError where its settings are not these."""

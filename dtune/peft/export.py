@@ -89,7 +89,7 @@ def save_adapter(tensors: Tensors, folder: Path, plan: AdapterPlan) -> None:
         writer = stack.enter_context(TensorWriter(path, entries, metadata=metadata))
         return lambda name, tensor: writer.write(plan.keys[name], tensor)
 
-    _stream(tensors, folder, start)
+    stream_tensors(tensors, folder, start)
 
 
 def save_model(
@@ -108,7 +108,7 @@ def save_model(
             writers.update(dict.fromkeys(entries, stack.enter_context(writer)))
         return lambda name, tensor: writers[name].write(name, tensor)
 
-    _stream(tensors, folder, start)
+    stream_tensors(tensors, folder, start)
 
 
 def plan_files(
@@ -218,9 +218,11 @@ def _check_method(
 
 
 def _peft_defaults(kind: str) -> dict[str, object]:
-    """What an older file means by not naming a field."""
-    from peft import PeftConfig
+    """What an older file means by not naming a field; nothing for a type that peft has not."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return {}
     return dict(vars(PeftConfig.from_peft_type(peft_type=kind)))
 
 
@@ -312,7 +314,9 @@ def stored_path(path: str) -> str:
     return str(local.resolve()) if local.is_dir() else path
 
 
-def _stream(tensors: Tensors, folder: Path, start: Callable[[ExitStack, Path], Write]) -> None:
+def stream_tensors(
+    tensors: Tensors, folder: Path, start: Callable[[ExitStack, Path], Write]
+) -> None:
     """Write the tensors that arrive here into a folder that is published whole."""
     first = next(tensors, None)
     if first is None or first[1] is None:

@@ -28,10 +28,10 @@ from dtune.peft.export import (
     ADAPTER_WEIGHTS,
     AdapterPlan,
     Write,
-    _stream,
     adapter_source,
     save_adapter,
     stored_path,
+    stream_tensors,
 )
 from dtune.runtime.tensors import FileSource, TensorEntry, TensorWriter
 from dtune.types import AddsTokens, InjectReport, ModelSpec, TensorSource
@@ -258,7 +258,7 @@ class VirtualTokens(Method):
 
             return write
 
-        _stream(tensors, Path(folder), start)
+        stream_tensors(tensors, Path(folder), start)
 
     @torch.no_grad()
     def _computed(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
