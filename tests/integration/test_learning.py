@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 
 BASE_AT_MOST = 0.10
-AT_LEAST = {"lora": 0.85, "full": 0.90}
+AT_LEAST = 0.85
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(AT_LEAST))
-def test_quickstart_learns_what_it_was_not_shown(method: str, tmp_path: Path) -> None:
+def test_quickstart_learns_what_it_was_not_shown(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = ["experiment=quickstart", f"peft={method}", f"run_dir={run}"]
-    if method == "full":
-        settings.append("optim.lr=2e-4")
+    settings = ["experiment=quickstart", f"run_dir={run}"]
     done = subprocess.run(
         [sys.executable, "-m", "dtune", "train", *settings],
         capture_output=True,
@@ -32,5 +29,5 @@ def test_quickstart_learns_what_it_was_not_shown(method: str, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     assert result["before"]["exact_match"] <= BASE_AT_MOST
-    assert result["after"]["exact_match"] >= AT_LEAST[method], done.stderr
+    assert result["after"]["exact_match"] >= AT_LEAST, done.stderr
     assert result["after"]["loss"] < result["before"]["loss"]
