@@ -34,7 +34,7 @@ from dtune.models.sources import RenamedSource
 from dtune.parallel.ranges import fill_buffers
 from dtune.parallel.replica import allocate
 from dtune.parallel.schema.single import SingleConfig
-from dtune.peft.export import stored_path
+from dtune.peft.export import base_name, stored_path
 from dtune.runtime.world import World
 from dtune.types import Engine, Example, Objective, Row
 
@@ -124,7 +124,7 @@ def _check_base(files: AdapterFiles, model: ModelConfig) -> None:
             theirs = ""
         if theirs == model_identity(model, seed=0):
             return
-    elif Path(files.base).name.lower() == Path(ours).name.lower():
+    elif base_name(files.base).lower() == base_name(ours).lower():
         return
     raise ConfigError(
         f"{files.key}={files.folder} was trained on {files.base}, not on model.path={model.path}; "

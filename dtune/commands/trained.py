@@ -91,6 +91,8 @@ def find_export(folder: Path, which: str) -> Path:
     if which not in ("last", "best"):
         raise ConfigError(f"export={which} is not one of last, best")
     last = next((folder / name for name in EXPORTS if (folder / name).is_dir()), None)
+    if not folder.is_dir():
+        raise ConfigError(f"run_dir={folder}: there is no such folder")
     if last is None:
         raise ConfigError(
             f"run_dir={folder} has no {' or '.join(EXPORTS)} yet: let the run end "

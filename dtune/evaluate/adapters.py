@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +73,10 @@ def load_adapter(base: PreTrainedModel, files: AdapterFiles) -> Any:
     ConfigError where the tensors do not fit, or are not all that the adapter's config asks for.
     """
     try:
-        model = peft.PeftModel.from_pretrained(base, str(files.folder))
+        with warnings.catch_warnings():
+            # peft asks for what transformers calls deprecated.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            model = peft.PeftModel.from_pretrained(base, str(files.folder))
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(

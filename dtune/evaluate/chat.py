@@ -105,4 +105,5 @@ class Conversation:
             self.write(f"{self.speaker.adapter} answers\n")
         else:
             known = ", ".join(adapters.names)
-            self.write(f"{self.speaker.adapter} answers; there are: {known}\n")
+            unknown = f"there is no adapter {name}; " if name else ""
+            self.write(f"{unknown}{self.speaker.adapter} answers; there are: {known}\n")

@@ -21,6 +21,8 @@ def start_logging(rank: int, folder: Path | None) -> None:
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
+    # When imported, it warns of a CPU kernel that it did not find, and that dtune does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if rank == 0:
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setFormatter(logging.Formatter("%(message)s"))

@@ -68,5 +68,5 @@ def test_a_rule_forbids_only_its_own_cells() -> None:
 def test_a_type_of_peft_that_reads_the_base_is_refused_over_bytes() -> None:
     chosen = ["peft=hf", "peft.type=HRA"]
     check_run(load_frozen(compose_overrides("train", chosen)), 1)
-    with pytest.raises(ConfigError, match="peft.type=HRA with quant=nf4: .* use quant=none"):
+    with pytest.raises(ConfigError, match=r"peft\.type=HRA with quant=nf4: .* use quant=none"):
         check_run(load_frozen(compose_overrides("train", [*chosen, "quant=nf4"])), 1)

@@ -87,7 +87,7 @@ def test_adapters_are_switched_by_name(run: Path, talk, tmp_path: Path) -> None:
     assert [lines[n].strip() for n in (1, 4, 7)] == expected
     assert len(set(expected)) == 3
     assert lines[3] == "other answers"
-    assert lines[8] == "none answers; there are: run, other, none"
+    assert lines[8] == "there is no adapter x; none answers; there are: run, other, none"
 
 
 def test_a_wrong_command_is_said_and_quit_ends(talk) -> None:

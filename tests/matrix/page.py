@@ -14,6 +14,8 @@ from tests.matrix.check import CURVE_LIMIT
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "tests" / "matrix" / "result.json"
+README = ROOT / "README.md"
+START, END = "<!-- matrix: make matrix -->", "<!-- end of matrix -->"
 PAGE = ROOT / "docs" / "matrix.md"
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
@@ -53,6 +55,38 @@ def render(result: dict[str, Any]) -> str:
     listed = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     parts.append(f"\nMade with {listed}.")
     return "\n".join(parts) + "\n"
+
+
+def with_summary(readme: str, result: dict[str, Any]) -> str:
+    """README with the matrix in a few rows: methods that run alike share one."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    assert after, f"README has no {START} ... {END}"
+    held = {
+        Cell(row["peft"], row["quant"], row["engine"])
+        for row in result["cells"]
+        if not row["problems"]
+    }
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for peft in PEFT.names():
+        cells = tuple(
+            _engines([e for e in ENGINES if Cell(peft, quant, e) in held]) for quant in QUANTS
+        )
+        alike.setdefault(cells, []).append(peft)
+    lines = [
+        f"| `peft=` | {' | '.join(f'`quant={quant}`' for quant in QUANTS)} |",
+        f"|---{'|---' * len(QUANTS)}|",
+        *(f"| `{', '.join(names)}` | {' | '.join(cells)} |" for cells, names in alike.items()),
+        "",
+        f"{len(held)} cells, each run on two processes: [docs/matrix.md](docs/matrix.md).",
+    ]
+    return f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}"
+
+
+def _engines(names: list[str]) -> str:
+    if len(names) == len(ENGINES):
+        return "every engine"
+    return ", ".join(names) or "no"
 
 
 def show(cell: Cell, rows: dict[Cell, dict[str, Any]], reasons: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The whole matrix: ``python -m tests.matrix.run [word ...]``; ``make matrix``.
 
 Runs every legal cell on two processes that all cells share, prints each verdict, and writes
-``tests/matrix/result.json`` and ``docs/matrix.md``. With words, only the cells whose names contain
+``tests/matrix/result.json``, ``docs/matrix.md`` and a table of README. With words, only the cells whose names contain
 one of them are run anew; the others keep their last result. Exit code 1 if a cell does not hold.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from tests.distributed.pool import Pool, RankError
 from tests.matrix.cells import Cell, legal_cells
 from tests.matrix.check import Matrix, as_row
-from tests.matrix.page import PAGE, RESULT, render, versions
+from tests.matrix.page import PAGE, README, RESULT, render, versions, with_summary
 
 
 def main(words: list[str]) -> int:
@@ -39,6 +39,8 @@ def main(words: list[str]) -> int:
     result = {"versions": versions(), "cells": kept}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(render(result), encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(with_summary(readme, result), encoding="utf-8")
     bad = [row for row in kept if row["problems"]]
     sys.stdout.write(f"{len(kept) - len(bad)} of {len(cells)} legal cells hold; see {PAGE}\n")
     return int(bool(bad) or len(kept) < len(cells))
