@@ -34,10 +34,12 @@ from dtune.peft.export import (
     AdapterPlan,
     Write,
     adapter_source,
+    not_a_lora,
     stored_path,
     stream_tensors,
 )
 from dtune.peft.schema.adapter import Activation, AdapterConfig, Kind
+from dtune.runtime.logs import log
 from dtune.runtime.tensors import TensorEntry, TensorWriter
 from dtune.types import InjectReport, LinearLike, ModelSpec, Role, TensorSource
 
@@ -138,6 +140,7 @@ class Adapter(Method):
                 (f"{path}.adapter.{name}", tuple(parameter.shape))
                 for name, parameter in adapter.named_parameters()
             )
+        log.warning("%s", not_a_lora("peft=adapter", can_be_merged=False))
         trainable, total = count_parameters(model)
         return InjectReport("adapter", {wrapper.__name__: len(self._adapted)}, trainable, total)
 

@@ -262,6 +262,9 @@ def _check_tensors(path: Path, stored: FileSource, plan: AdapterPlan) -> None:
             )
 
 
+CANNOT_BE_SERVED = "the saved adapter cannot be served as it is (vLLM)"
+
+
 def serving_problems(fields: Mapping[str, object]) -> list[str]:
     """Why an adapter cannot be served as a LoRA beside its base, each with what to change.
 
@@ -270,10 +273,6 @@ def serving_problems(fields: Mapping[str, object]) -> list[str]:
     """
     merge = "or merge it into the base for serving"
     problems = []
-    if fields.get("peft_type") != "LORA":
-        problems.append(
-            f"an adapter of type {fields.get('peft_type')} is no LoRA; set peft=lora, {merge}"
-        )
     if fields.get("use_dora"):
         problems.append(f"servers take no DoRA; set peft=rslora or peft=lora, {merge}")
     rank = fields.get("r", 0)
@@ -293,7 +292,15 @@ def serving_problems(fields: Mapping[str, object]) -> list[str]:
         )
     if fields.get("rank_pattern") or fields.get("alpha_pattern"):
         problems.append(f"servers take one rank and alpha for all layers; set one, {merge}")
-    return [f"the saved adapter cannot be served as it is (vLLM): {text}" for text in problems]
+    return [f"{CANNOT_BE_SERVED}: {text}" for text in problems]
+
+
+def not_a_lora(method: str, *, can_be_merged: bool) -> str:
+    """Why the adapter of a method that is no LoRA cannot be served as one, and what to change."""
+    way = "merge it into the base for serving"
+    if not can_be_merged:
+        way = "serve it with the library that it loads in, since it cannot be merged"
+    return f"{CANNOT_BE_SERVED}: {method} is no LoRA; set peft=lora, or {way}"
 
 
 def model_source(folder: Path) -> TensorSource:

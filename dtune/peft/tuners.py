@@ -23,7 +23,13 @@ from torch import nn
 
 from dtune.errors import ConfigError
 from dtune.peft.base import Method, count_parameters
-from dtune.peft.export import AdapterPlan, adapter_source, save_adapter, stored_path
+from dtune.peft.export import (
+    AdapterPlan,
+    adapter_source,
+    not_a_lora,
+    save_adapter,
+    stored_path,
+)
 from dtune.peft.targets import plan_targets
 from dtune.runtime.logs import log
 from dtune.types import InjectReport, ModelSpec, TensorSource
@@ -116,6 +122,7 @@ class Tuner(Method):
         assert not stray, f"trained, but not saved by peft: {stray[0]}"
         self._shapes = trained | self._buffers
         self._fill_buffers(model)
+        log.warning("%s", not_a_lora(self.key, can_be_merged=True))
         layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         trainable, total = count_parameters(model)
         name = type(layers[0]).__name__

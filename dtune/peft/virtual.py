@@ -29,10 +29,12 @@ from dtune.peft.export import (
     AdapterPlan,
     Write,
     adapter_source,
+    not_a_lora,
     save_adapter,
     stored_path,
     stream_tensors,
 )
+from dtune.runtime.logs import log
 from dtune.runtime.tensors import FileSource, TensorEntry, TensorWriter
 from dtune.types import AddsTokens, InjectReport, ModelSpec, TensorSource
 
@@ -188,6 +190,7 @@ class VirtualTokens(Method):
             f"{ENCODER}.{name}": tuple(parameter.shape)
             for name, parameter in self.encoder.named_parameters()
         }
+        log.warning("%s", not_a_lora(f"peft={self.name}", can_be_merged=False))
         trainable, total = count_parameters(model)
         replaced = {type(self.encoder).__name__: 1}
         return InjectReport(self.name, replaced, trainable, total)

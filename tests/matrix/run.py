@@ -1,8 +1,9 @@
 """The whole matrix: ``python -m tests.matrix.run [word ...]``; ``make matrix``.
 
 Runs every legal cell on two processes that all cells share, prints each verdict, and writes
-``tests/matrix/result.json``, ``docs/matrix.md`` and a table of README. With words, only the cells whose names contain
-one of them are run anew; the others keep their last result. Exit code 1 if a cell does not hold.
+``tests/matrix/result.json``, ``docs/matrix.md`` and a table of README. With words, only the cells
+whose names contain one of them are run anew; the others keep their last result. Exit code 1 if a
+cell does not hold.
 """
 
 from __future__ import annotations

@@ -173,7 +173,6 @@ SERVED = {"peft_type": "LORA", "r": 512, "bias": "none", "use_rslora": True, "us
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "IA3"}, "peft=lora"),
         ({"use_dora": True}, "DoRA; set peft=rslora"),
         ({"r": 513}, "is 513, servers take 512 at most; lower peft.rank"),
         ({"bias": "all"}, "biases"),
@@ -193,7 +192,15 @@ def test_what_cannot_be_served_is_told_with_what_to_change(
 
 @pytest.mark.parametrize(
     ("name", "options", "warned"),
-    [("lora", {}, False), ("dora", {}, True), ("pissa", {"rank": 16}, False)],
+    [
+        ("lora", {}, False),
+        ("dora", {}, True),
+        ("pissa", {"rank": 16}, False),
+        ("ia3", {}, True),
+        ("prefix", {}, True),
+        ("adapter", {}, True),
+        ("full", {}, False),
+    ],
 )
 def test_the_run_warns_at_its_start(
     base: Path,
