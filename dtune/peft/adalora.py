@@ -5,7 +5,6 @@ Shape legend: R rank at first, D input features, O output features.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,13 @@ from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from torch import nn
 
 from dtune.errors import ConfigError
-from dtune.peft.export import ADAPTER_CONFIG, AdapterPlan, adapter_source, save_adapter
+from dtune.peft.export import (
+    ADAPTER_CONFIG,
+    AdapterPlan,
+    adapter_source,
+    read_json,
+    save_adapter,
+)
 from dtune.peft.schema.adalora import AdaloraConfig
 from dtune.peft.tuners import ADAPTER, TensorsSource, Tuner, whole_number
 from dtune.types import InjectReport, ModelSpec, TensorSource
@@ -209,9 +214,13 @@ class Adalora(Tuner):
 
 
 def read_pattern(path: Path) -> dict[str, list[bool]]:
-    """Which ranks of each target are in a saved adapter, by names without the adapter's."""
-    pattern = json.loads(path.read_text(encoding="utf-8")).get("rank_pattern") or {}
-    assert isinstance(pattern, dict), path
+    """Which ranks of each target are in a saved adapter, by names without the adapter's.
+
+    ConfigError where the file cannot be read.
+    """
+    pattern = read_json(path).get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise ConfigError(f"peft.init_from: rank_pattern in {path} names no layers")
     return pattern
 
 

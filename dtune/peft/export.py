@@ -156,15 +156,18 @@ def adapter_source(folder: Path, plan: AdapterPlan) -> TensorSource:
             f"{folder} holds no adapter: {' and '.join(missing)} missing; set peft.init_from to "
             "the folder of one, saved as safetensors"
         )
-    saved = _read_json(folder / ADAPTER_CONFIG)
-    stored, settings = _open_weights(path)
+    saved = read_json(folder / ADAPTER_CONFIG)
+    stored = open_files(path)
+    with safe_open(path, framework="pt") as file:
+        settings: dict[str, str] = file.metadata() or {}
     _check_method(folder, saved, settings, plan)
     _check_base(folder, saved, plan)
     _check_tensors(path, stored, plan)
     return FileSource({name: (path, key) for name, key in plan.keys.items()})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of ``peft.init_from``. ConfigError where it is no JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -174,15 +177,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _open_weights(path: Path) -> tuple[FileSource, dict[str, str]]:
-    """The tensors of a file, and what its header says beside them."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return FileSource.of_files(path), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"peft.init_from: {path} is not a whole safetensors file: {error}"
-        ) from error
+def open_files(*paths: Path) -> FileSource:
+    """The tensors of files of ``peft.init_from``. ConfigError where one is missing or cut short."""
+    for path in paths:
+        try:
+            FileSource.of_files(path)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"peft.init_from: {path} is not a whole safetensors file: {error}"
+            ) from error
+    return FileSource.of_files(*paths)
 
 
 def _check_method(
@@ -304,15 +308,18 @@ def not_a_lora(method: str, *, can_be_merged: bool) -> str:
 
 
 def model_source(folder: Path) -> TensorSource:
-    """The tensors of a model saved in Hugging Face's layout."""
+    """The tensors of a model saved in Hugging Face's layout.
+
+    ConfigError where there is none, or a file is missing or cut short.
+    """
     if (folder / MODEL_INDEX).is_file():
-        index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-        return FileSource.of_files(
-            *(folder / name for name in sorted(set(index["weight_map"].values())))
-        )
+        files = read_json(folder / MODEL_INDEX).get("weight_map")
+        if not isinstance(files, dict):
+            raise ConfigError(f"peft.init_from: {folder / MODEL_INDEX} has no weight_map")
+        return open_files(*(folder / name for name in sorted(set(files.values()))))
     if not (folder / MODEL_WEIGHTS).is_file():
         raise ConfigError(f"{folder} holds no model: {MODEL_WEIGHTS} is missing")
-    return FileSource.of_files(folder / MODEL_WEIGHTS)
+    return open_files(folder / MODEL_WEIGHTS)
 
 
 def stored_path(path: str) -> str:

@@ -37,8 +37,10 @@ class Ia3(Tuner):
 
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """Settings as ``peft`` takes them."""
-        # Named by last components where the targets are.
-        named = [t for t in targets if t not in self._paths]
         leaves = sorted({path.rpartition(".")[2] for path in self._scaled_inputs})
-        scaled = leaves if named else list(self._scaled_inputs)
-        return peft.IA3Config(target_modules=targets, feedforward_modules=scaled)
+        meant = [path for path in self._paths if path.rpartition(".")[2] in leaves]
+        # By last components only where those say it all of both, because peft wants a subset.
+        if meant == self._scaled_inputs and not set(targets) & set(self._paths):
+            return peft.IA3Config(target_modules=targets, feedforward_modules=leaves)
+        scaled = list(self._scaled_inputs)
+        return peft.IA3Config(target_modules=list(self._paths), feedforward_modules=scaled)

@@ -30,12 +30,13 @@ from dtune.peft.export import (
     Write,
     adapter_source,
     not_a_lora,
+    open_files,
     save_adapter,
     stored_path,
     stream_tensors,
 )
 from dtune.runtime.logs import log
-from dtune.runtime.tensors import FileSource, TensorEntry, TensorWriter
+from dtune.runtime.tensors import TensorEntry, TensorWriter
 from dtune.types import AddsTokens, InjectReport, ModelSpec, TensorSource
 
 ENCODER = "prompt_encoder"
@@ -286,7 +287,7 @@ class VirtualTokens(Method):
                 f"encoder ({ENCODER_WEIGHTS}), without which peft={self.name} cannot go on; "
                 "give a folder that dtune has exported, or set peft.init_from=none"
             )
-        encoder = FileSource.of_files(path)
+        encoder = open_files(path)
         found = {name: encoder.shape(name) for name in encoder.names()}
         if found != self.shapes:
             raise ConfigError(f"{path}: its tensors are not those of this {ADAPTER_CONFIG}")
