@@ -42,7 +42,9 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     )
     checkpoint = find_own_checkpoint(run, built, identity, data.total_steps, world)
     speed = speed_of(built.matrices, built.spec, data.train.lengths, run.precision.name, world)
-    weights = weights_of(built, seed=run.seed, start=run.peft.start)
+    # A checkpoint has all that init_from began with.
+    start = run.peft.start if checkpoint is None else None
+    weights = weights_of(built, seed=run.seed, start=start)
     engine = run.parallel.build(world, run.precision.name)
     prepare_engine(engine, built, run, weights, data.total_steps)
     participant = built.method if isinstance(built.method, TakesPartInSteps) else None

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtune.config.run import RunConfig
+from dtune.config.support import check_attention
 from dtune.data.dataset import TokenDataset
 from dtune.data.loader import Loader
 from dtune.data.prompts import Prompt, read_prompts
@@ -96,6 +97,8 @@ def build_trained_model(
         spec = quantized_by_files(stored, spec)
     check_stored_settings(run.quant, spec)
     method = run.peft.build()
+    # What auto has chosen is known only now.
+    check_attention(run, str(model.config._attn_implementation))
     report = method.inject(model, spec)
     check_trained(model, spec, peft=run.peft.name)
     frozen = {n: tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}

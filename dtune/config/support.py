@@ -11,6 +11,7 @@ from dtune.errors import ConfigError
 from dtune.parallel.schema import PARALLEL
 from dtune.patch.schema import Backend
 from dtune.peft.schema.hf import READS_WEIGHT, HfConfig
+from dtune.peft.schema.prompt import PromptConfig, PromptInit
 from dtune.runtime.capabilities import require
 from dtune.runtime.schema import Precision, Recompute
 
@@ -166,6 +167,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
         cell = " with ".join(f"{group}={chosen[group]}" for group in rule.options)
         raise ConfigError(f"{cell}: {rule.reason}; use {rule.instead}")
     _check_peft_type(run)
+    _check_virtual_tokens(run)
     _check_packages(run)
     _check_world(run, world_size)
     _check_data(run)
@@ -184,6 +186,29 @@ def _check_peft_type(run: RunConfig) -> None:
         raise ConfigError(
             f"peft.type={run.peft.type} with quant={run.quant.name}: its layers compute with the "
             "weights of the base themselves; use quant=none, or peft=lora"
+        )
+
+
+def _check_virtual_tokens(run: RunConfig) -> None:
+    from_text = isinstance(run.peft, PromptConfig) and run.peft.init is PromptInit.text
+    if from_text and run.model.tokenizer != "same":
+        raise ConfigError(
+            "peft.init=text cuts peft.init_text with the tokenizer of model.path, and "
+            f"model.tokenizer={run.model.tokenizer} is another; use peft.init=vocab"
+        )
+    check_attention(run, run.model.attention.value)
+
+
+UNMASKED = ("flash_attention_2", "flex", "flex_attention")
+"""Implementations of attention, by our names and transformers', that take no masks of ours."""
+
+
+def check_attention(run: RunConfig, chosen: str) -> None:
+    """ConfigError where packed documents cannot see a prefix under an implementation."""
+    if run.peft.name == "prefix" and run.data.packing and chosen in UNMASKED:
+        raise ConfigError(
+            f"peft=prefix with data.packing=true and attention by {chosen}: packed documents would "
+            "not see the prefix; use model.attention=sdpa, or data.packing=false"
         )
 
 

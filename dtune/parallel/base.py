@@ -138,6 +138,7 @@ class TorchEngine(ABC):
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale gradients to a global norm of at most ``max_norm`` (0: only measure)."""
+        self._fill_gradients()
         grads = [local_of(p.grad) for p in self._trained.values() if p.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
         if self._scale is not None and self._norm is None and grads:
@@ -151,6 +152,12 @@ class TorchEngine(ABC):
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         self._norm = norm.to(self.world.device)
         return self._norm
+
+    def _fill_gradients(self) -> None:
+        """What no loss of the step has reached gets zeros: under every engine the same happens."""
+        for parameter in self._trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def step(self) -> None:
         """Optimizer, schedule, zero_grad; fp16 skips the first two if a gradient overflowed."""

@@ -301,7 +301,7 @@ def serving_problems(fields: Mapping[str, object]) -> list[str]:
 
 def not_a_lora(method: str, *, can_be_merged: bool) -> str:
     """Why the adapter of a method that is no LoRA cannot be served as one, and what to change."""
-    way = "merge it into the base for serving"
+    way = "merge it into the base for serving (dtune merge says if it can)"
     if not can_be_merged:
         way = "serve it with the library that it loads in, since it cannot be merged"
     return f"{CANNOT_BE_SERVED}: {method} is no LoRA; set peft=lora, or {way}"

@@ -177,7 +177,13 @@ class Tuner(Method):
                 config = self.peft_config(list(self._paths))
                 tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
                 made = tuner(model, config, ADAPTER, low_cpu_mem_usage=low_cpu_mem_usage)
-            except (ValueError, ImportError, NotImplementedError) as error:
+            except (
+                ValueError,
+                TypeError,
+                ArithmeticError,
+                ImportError,
+                NotImplementedError,
+            ) as error:
                 raise ConfigError(f"{self.key}: HF peft refuses it: {error}") from error
         if low_cpu_mem_usage:
             for text in sorted({str(warning.message) for warning in said}):

@@ -19,6 +19,8 @@ from dtune.types import InjectReport, ModelSpec, TensorSource
 
 # Elements of each frozen tensor by which a model is known to be of the same base.
 COMPARED = 256
+# Elements that are compared at once where all of them are.
+_PIECE = 1 << 22
 
 
 class WholeModel(Method):
@@ -41,6 +43,9 @@ class WholeModel(Method):
             parameter.requires_grad_(name in trained)
         self._trained = trained
         self._model, self._buffers = model, spec.buffers
+        self._embeddings = frozenset(
+            f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Embedding)
+        )
         self.plan = plan_model(model, spec)
         trainable, total = count_parameters(model)
         return InjectReport(self.name, {}, trainable, total)
@@ -82,14 +87,21 @@ class WholeModel(Method):
 
     def _is_of_base(self, source: TensorSource, name: str) -> bool:
         """Whether a tensor begins as the base's: as it is stored, or as quantised and back."""
+        size = math.prod(source.shape(name))
+        if name not in self._embeddings:
+            return self._agrees(source, name, 0, min(COMPARED, size))
+        # All of it: rows of tokens that were not in the data are the base's though it was trained.
+        starts = range(0, size, _PIECE)
+        return all(self._agrees(source, name, at, min(at + _PIECE, size)) for at in starts)
+
+    def _agrees(self, source: TensorSource, name: str, start: int, stop: int) -> bool:
         if self._stored is None or self._held is None:
             return True
-        count = min(COMPARED, math.prod(source.shape(name)))
-        found = source.read(name, 0, count)
-        stored = self._stored.read(name, 0, count).to(found.dtype)
+        found = source.read(name, start, stop)
+        stored = self._stored.read(name, start, stop).to(found.dtype)
         if torch.equal(found, stored):
             return True
-        held = self._held.read(name, 0, count).to(found.dtype)
+        held = self._held.read(name, start, stop).to(found.dtype)
         if torch.equal(stored, held):
             return False
         # Another kind of device may round the way back from bytes otherwise.

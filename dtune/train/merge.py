@@ -65,9 +65,10 @@ def save_merged(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
 ) -> None:
     """Write the model in a dtype, with its tokenizer. CheckpointError where the disk refuses."""
-    # Its decorators hide the type of ``to`` from checkers.
-    owner: Any = model
-    owner.to(dtype)
+    owner: Any = model  # attributes that differ between versions of transformers
+    # Not the buffers: some are stored in fp32 beside 16-bit weights.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     owner.config.architectures = [type(model).__name__]
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):

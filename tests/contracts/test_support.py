@@ -70,3 +70,17 @@ def test_a_type_of_peft_that_reads_the_base_is_refused_over_bytes() -> None:
     check_run(load_frozen(compose_overrides("train", chosen)), 1)
     with pytest.raises(ConfigError, match=r"peft\.type=HRA with quant=nf4: .* use quant=none"):
         check_run(load_frozen(compose_overrides("train", [*chosen, "quant=nf4"])), 1)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex"])
+def test_a_prefix_that_packed_documents_would_not_see_is_refused(attention: str) -> None:
+    chosen = ["peft=prefix", f"model.attention={attention}"]
+    check_run(load_frozen(compose_overrides("train", [*chosen, "data.packing=false"])), 1)
+    with pytest.raises(ConfigError, match=r"peft=prefix .* use model\.attention=sdpa"):
+        check_run(load_frozen(compose_overrides("train", chosen)), 1)
+
+
+def test_a_text_is_not_cut_by_another_tokenizer() -> None:
+    chosen = ["peft=prompt", "peft.init=text", "peft.init_text=Answer.", "model.tokenizer=other"]
+    with pytest.raises(ConfigError, match=r"model\.tokenizer=other is another"):
+        check_run(load_frozen(compose_overrides("train", chosen)), 1)
