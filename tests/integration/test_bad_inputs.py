@@ -157,4 +157,7 @@ def test_wrong_command_names_the_right_ones(wrong: str, capsys: pytest.CaptureFi
     from dtune.cli import main
 
     assert main([wrong]) == 2
-    assert "train, eval, config, plan, doctor" in capsys.readouterr().err
+    assert (
+        "train, eval, chat, generate, merge, export, config, plan, doctor"
+        in capsys.readouterr().err
+    )

@@ -120,7 +120,7 @@ def test_a_wrong_setting_under_torchrun_is_said_once(tmp_path: Path, cache: Path
         module=False,
     )
     assert done.returncode != 0
-    assert done.stderr.count("unknown key peft.rnk; did you mean peft.rank?") == 1
+    assert done.stderr.count("unknown key peft.rnk; did you mean peft.rank") == 1
 
 
 def test_plan_says_what_a_run_would_do(tmp_path: Path, cache: Path) -> None:
