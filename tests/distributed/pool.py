@@ -11,6 +11,7 @@ import importlib
 import multiprocessing as mp
 import os
 import socket
+import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -38,6 +39,8 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        # Of its own: what another process, or another installation, compiles may be half written.
+        TORCHINDUCTOR_CACHE_DIR=tempfile.mkdtemp(prefix=f"dtune-compiled-{rank}-"),
     )
     import torch
 
