@@ -49,6 +49,7 @@ def test_what_a_rule_proposes_is_legal(rule: Illegal) -> None:
             group, _, option = proposal.partition("=")
             chosen = {**cell, group: option}
             check(chosen)
+            assert find_illegal(choices(run_of(chosen))) is None, proposal
 
 
 def test_rules_name_groups_and_options_that_exist() -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from dtune.evaluate.mode import evaluating
+from dtune.models.load import load_tokenizer
+from dtune.models.schema import ModelConfig
 from dtune.runtime.world import World
 from dtune.train.export import Exporter
 from dtune.types import NUM_DOCUMENTS, Batch, Engine
@@ -61,9 +63,8 @@ def run_cell(world: World, *, setup: Setup, folder: Path) -> Seen:
     rest = train(world, again.engine, setup, range(MIDDLE, STEPS), again.participant)
     resumed = rest == points[MIDDLE:] and _same(built.engine, again.engine)
     trained = logits_of(built.engine, batch)
-    Exporter(built.engine, built.method, built.held, built.frozen, NoTokenizer(), world).export(
-        folder
-    )
+    tokenizer = load_tokenizer(ModelConfig(path=setup.model))
+    Exporter(built.engine, built.method, built.held, built.frozen, tokenizer, world).export(folder)
     logits = moved = -1.0
     if world.is_first:
         loaded = load_exported(world, built, setup, folder)
@@ -72,13 +73,6 @@ def run_cell(world: World, *, setup: Setup, folder: Path) -> Seen:
         moved = float((before - trained).abs().max()) / scale
     world.barrier()
     return Seen(points, resumed, logits, moved)
-
-
-class NoTokenizer:
-    """Stands where the exporter has a tokenizer, of which this test needs nothing."""
-
-    def save_pretrained(self, folder: str) -> None:
-        """Write nothing."""
 
 
 def logits_of(engine: Engine, batch: Batch) -> torch.Tensor:

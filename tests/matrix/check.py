@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dtune.resources import resolve_path
 from tests.distributed.pool import Pool
@@ -89,6 +89,7 @@ class Matrix:
             # Stored in fp32, so that a whole model comes back as it was trained.
             model = AutoModelForCausalLM.from_pretrained(resolve_path("dtune://tiny"))
             model.float().save_pretrained(self.base)
+            AutoTokenizer.from_pretrained(resolve_path("dtune://tiny")).save_pretrained(self.base)
 
     def setup(self, cell: Cell) -> Setup:
         """How a cell is trained."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import pytest
+import torch
 
 from dtune.cli import main
 from dtune.optim.schema import OPTIM
@@ -39,9 +41,6 @@ def test_rows_follow_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_eight_bit_state_counts_its_scales_and_leaves_small_tensors_alone() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    import torch
-
     sizes = (64 * 64, 64 * 65, 300, 10_000)
     config = OPTIM.config("adamw8bit")()
     parameters = [torch.nn.Parameter(torch.ones(size)) for size in sizes]

@@ -65,12 +65,18 @@ def alone(model: nn.Module, batch: Batch) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+COMPUTED = [
+    (family, attention)
+    for family in FAMILIES
+    for attention in ("sdpa", "eager")
+    # Gemma 2 bounds its attention scores, which sdpa cannot.
+    if (family, attention) != ("gemma2", "sdpa")
+]
+
+
+@pytest.mark.parametrize(("family", "attention"), COMPUTED)
 @pytest.mark.parametrize("peft", METHODS)
 def test_a_packed_document_is_as_if_it_were_alone(peft: str, family: str, attention: str) -> None:
-    if (family, attention) == ("gemma2", "sdpa"):
-        pytest.skip("sdpa has no bound on scores")
     model = with_tokens(family, peft, attention=attention)
     batch = make_batch(1, 0, packed=True)
     tokens = batch.document_ids >= 0
