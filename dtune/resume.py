@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from dtune.build import STORAGE, BuiltModel
+from dtune.build import BuiltModel
 from dtune.checkpoint.adopt import Held, adopt_checkpoint
 from dtune.checkpoint.manifest import Identity, check_identity, check_parameters
 from dtune.checkpoint.reader import CHECKPOINTS, CheckpointInfo, find_checkpoint
@@ -28,7 +28,7 @@ def find_own_checkpoint(
         trained=built.report.trainable,
         state_bytes=run.optim.state_bytes,
         keep=run.checkpoint.keep,
-        exported_bytes=exported_bytes(run, built),
+        exported_bytes=built.method.exported_bytes(),
         exports=ALL_EXPORTS,
         world=world,
     )
@@ -48,14 +48,6 @@ def find_own_checkpoint(
     check_steps_left(found, run, total_steps)
     log.info("going on from %s", found.path)
     return found
-
-
-def exported_bytes(run: RunConfig, built: BuiltModel) -> int:
-    """Size of the weights that the end of the run exports; adapters are written in fp32."""
-    if built.method.export_name == "adapter":
-        return 4 * built.report.trainable
-    dtype = built.spec.stored_dtype or STORAGE[run.precision.name]
-    return built.report.total * dtype.itemsize
 
 
 def check_steps_left(found: CheckpointInfo, run: RunConfig, total_steps: int) -> None:

@@ -153,6 +153,10 @@ class Adapter(Method):
         path, separator, rest = name.partition(".base.")
         return f"{path}.{rest}" if separator and path in self._adapted else name
 
+    def exported_bytes(self) -> int:
+        """Of the adapter."""
+        return self._plan().num_bytes
+
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, laid out as ``peft`` does."""
         plan = self._plan()

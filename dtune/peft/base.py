@@ -80,6 +80,15 @@ def keyed_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or RMSNorm: torch's, or a model family's own by its class."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return True
+    return any(
+        "LayerNorm" in cls.__name__ or "RMSNorm" in cls.__name__ for cls in type(module).mro()
+    )
+
+
 def freeze(model: nn.Module) -> None:
     """Turn off gradients of every parameter."""
     for parameter in model.parameters():

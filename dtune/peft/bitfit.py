@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from dtune.errors import ConfigError
+from dtune.peft.base import is_norm
 from dtune.peft.schema.bitfit import BitfitConfig
-from dtune.peft.whole import WholeModel, is_norm
+from dtune.peft.whole import WholeModel
 from dtune.types import ModelSpec
 
 

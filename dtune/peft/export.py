@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -60,6 +61,11 @@ class AdapterPlan:
 
     They are written into the header of the weights: peft's config has no fields for them.
     """
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights, which are written in fp32."""
+        return 4 * sum(math.prod(shape) for shape in self.shapes.values())
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dtune.errors import ConfigError
+from dtune.peft.base import is_norm
 from dtune.peft.schema.freeze import FreezeConfig
 from dtune.peft.targets import plan_roles
-from dtune.peft.whole import WholeModel, is_norm
+from dtune.peft.whole import WholeModel
 from dtune.types import ModelSpec
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dtune.errors import ConfigError
+from dtune.peft.base import is_norm
 from dtune.peft.schema.layernorm import LayernormConfig
 from dtune.peft.tuners import ADAPTER, Tuner
 from dtune.types import ModelSpec, TensorSource
@@ -29,7 +30,8 @@ class Layernorm(Tuner):
 
     def plan(self, model: nn.Module, spec: ModelSpec) -> list[str]:
         """Paths of the norms that are trained. ConfigError for a target that matches nothing."""
-        norms = [name for name, module in model.named_modules() if is_norm(module)]
+        modules = model.named_modules()
+        norms = [name for name, m in modules if is_norm(m) and list(m.parameters())]
         chosen: set[str] = set()
         for target in self.config.targets:
             found = [path for path in norms if _names(target, path)]
@@ -71,13 +73,6 @@ class _Copies:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._source.read(self._originals[name], start, stop)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module scales what it has normalised: a norm by its name, of vectors alone."""
-    own = list(module.parameters())
-    named = type(module).__name__.endswith("Norm")
-    return named and bool(own) and all(parameter.dim() == 1 for parameter in own)
 
 
 def _names(target: str, path: str) -> bool:

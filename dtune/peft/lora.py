@@ -156,6 +156,10 @@ class LowRank(Method):
             return f"{path}.{leaf}"
         return self._tokens.stored_name(name)
 
+    def exported_bytes(self) -> int:
+        """Of the adapter."""
+        return self._plan().num_bytes
+
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as ``peft`` reads them."""
         save_adapter(tensors, Path(folder), self._plan())

@@ -148,6 +148,10 @@ class Tuner(Method):
         self._check_finite(values)
         return values
 
+    def exported_bytes(self) -> int:
+        """Of the adapter."""
+        return self.adapter_plan().num_bytes
+
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as ``peft`` writes them."""
         buffers = ((n, b) for n, b in _named_buffers(self._tuner) if n in self._buffers)

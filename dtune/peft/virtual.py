@@ -10,6 +10,7 @@ Shape legend: B rows, S tokens of a row, N virtual tokens, H hidden size of the 
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -238,6 +239,11 @@ class VirtualTokens(Method):
             return next(iter(self.shapes.values()))[1]
         last = [m for m in self.encoder.modules() if isinstance(m, nn.Linear)][-1]
         return last.out_features
+
+    def exported_bytes(self) -> int:
+        """Of what is computed, and of the encoder beside it."""
+        encoder = [] if self._is_plain() else self.shapes.values()
+        return self._plan().num_bytes + 4 * sum(map(math.prod, encoder))
 
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write what the encoder computes, as ``peft`` does, and beside it the encoder."""

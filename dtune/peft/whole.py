@@ -54,6 +54,10 @@ class WholeModel(Method):
         """Names of the parameters that are trained, of a shared one the first; not empty."""
         raise NotImplementedError(type(self))
 
+    def exported_bytes(self) -> int:
+        """Of the model."""
+        return sum(entry.num_bytes for entry in self.plan.entries.values())
+
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write the model as ``from_pretrained`` reads it; ``tensors`` are all its parameters."""
         buffers = ((name, self._model.get_buffer(name)) for name in self._buffers)
@@ -143,12 +147,3 @@ def plan_model(model: nn.Module, spec: ModelSpec) -> ModelPlan:
         buffer = model.get_buffer(name)
         entries[name] = TensorEntry(buffer.dtype, tuple(buffer.shape))
     return ModelPlan(spec.config, generation, type(model).__name__, dtype, entries)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a LayerNorm or RMSNorm: torch's, or a model family's own by its class."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return True
-    return any(
-        "LayerNorm" in cls.__name__ or "RMSNorm" in cls.__name__ for cls in type(module).mro()
-    )

@@ -63,6 +63,10 @@ class PeftMethod(Protocol):
         """Factor on the learning rate of a trained parameter; 1 unless the method says so."""
         ...
 
+    def exported_bytes(self) -> int:
+        """Size of the weights that ``save`` will write; after ``inject``."""
+        ...
+
     def save(self, tensors: Iterator[tuple[str, torch.Tensor | None]], folder: str) -> None:
         """Write the adapter in PEFT's layout, or the model in Hugging Face's, on the first rank.
 

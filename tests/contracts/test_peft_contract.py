@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dtune.peft.schema import PEFT
@@ -148,6 +149,16 @@ def test_saved_and_loaded_by_hugging_face_it_gives_the_same_logits(
     # peft gives logits of virtual tokens as well, before those of the tokens.
     assert equal_within(theirs[:, -logits.shape[1] :], logits, limit)
     assert not equal_within(load_base(base)(token_ids()).logits, logits, limit)
+
+
+def test_what_is_saved_takes_the_room_that_was_said(
+    base: Path, method: PeftMethod, tmp_path: Path
+) -> None:
+    model, _ = built(base, method)
+    method.save(exported_tensors(model, method), str(tmp_path / "saved"))
+    weights = [load_file(path) for path in (tmp_path / "saved").glob("*.safetensors")]
+    written = sum(t.numel() * t.itemsize for tensors in weights for t in tensors.values())
+    assert written == method.exported_bytes()
 
 
 def test_saved_values_come_back_under_their_names(

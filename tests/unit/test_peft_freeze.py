@@ -14,10 +14,10 @@ from dtune.build import build_trained_model, prepare_engine, weights_of
 from dtune.config.compose import compose_overrides
 from dtune.config.freeze import load_frozen
 from dtune.errors import ConfigError
+from dtune.models.load import build_model
 from dtune.peft.freeze import Freeze
 from dtune.peft.schema.freeze import FreezeConfig
 from dtune.resources import resolve_path
-from dtune.resume import exported_bytes
 from dtune.runtime.world import World
 from dtune.train.export import Exporter
 from tests.contracts.small_models import (
@@ -205,9 +205,11 @@ def test_export_has_what_was_trained_and_the_base_as_it_was_held(
     assert 0 < len(built.frozen) < len(stored)
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
     # What space is kept for, without the header of the file.
-    assert 0 < size - exported_bytes(run, built) < 8192
-    wider = replace(built, spec=replace(built.spec, stored_dtype=torch.float32))
-    assert exported_bytes(run, wider) == 2 * exported_bytes(run, built)
+    assert 0 < size - built.method.exported_bytes() < 8192
+    again, spec = build_model(run.model, dtype=torch.float32)
+    wider = run.peft.build()
+    wider.inject(again, replace(spec, stored_dtype=torch.float32))
+    assert wider.exported_bytes() == 2 * built.method.exported_bytes()
 
 
 def weights_names(model: nn.Module) -> list[str]:
