@@ -7,9 +7,10 @@ while it injects, and afterwards its layers only call what is then in their plac
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -50,6 +51,24 @@ NEUTRAL = frozenset(
     }
 )
 """Fields of a ``peft`` config that do not change what saved tensors mean."""
+
+
+@contextmanager
+def keeping_compilers() -> Iterator[None]:
+    """Leave CC and CXX as they are; around what ``peft`` does.
+
+    BOFT sets both to gcc while it builds an extension, and leaves that behind where it cannot
+    build it: torch.compile, which takes CXX, would link C++ without its library.
+    """
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class TensorsSource:
@@ -175,7 +194,7 @@ class Tuner(Method):
 
     def _put_into(self, model: nn.Module, *, low_cpu_mem_usage: bool) -> BaseTuner:
         """Have ``peft`` put its layers into a model. ConfigError for what it refuses."""
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as said, keeping_compilers():
             warnings.simplefilter("always")
             try:
                 config = self.peft_config(list(self._paths))

@@ -30,7 +30,7 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, port: int, compiled: str, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),
@@ -39,8 +39,8 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
-        # Of its own: what another process, or another installation, compiles may be half written.
-        TORCHINDUCTOR_CACHE_DIR=tempfile.mkdtemp(prefix=f"dtune-compiled-{rank}-"),
+        # Of its own: what another process compiles may be half written.
+        TORCHINDUCTOR_CACHE_DIR=f"{compiled}/rank-{rank}",
     )
     import torch
 
@@ -68,15 +68,18 @@ class Pool:
         self.size = size
         self._processes: list[mp.process.BaseProcess] = []
         self._pipes: list[Connection] = []
+        self._compiled: tempfile.TemporaryDirectory[str] | None = None
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
         port = _free_port()
+        self._compiled = tempfile.TemporaryDirectory(
+            prefix="dtune-compiled-", ignore_cleanup_errors=True
+        )
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.size, port, theirs), daemon=True
-            )
+            args = (rank, self.size, port, self._compiled.name, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -123,3 +126,5 @@ class Pool:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+        if self._compiled is not None:
+            self._compiled.cleanup()

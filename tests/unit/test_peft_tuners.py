@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,16 @@ def test_initial_values_follow_the_seed_and_leave_other_streams_alone(llama: Pat
     assert torch.equal(read_whole(one, name), read_whole(same, name))
     assert not torch.equal(read_whole(one, name), read_whole(other, name))
     assert torch.equal(read_whole(one, name).reshape(-1)[3:9], one.read(name, 3, 9))
+
+
+def test_the_compilers_of_the_process_stay_what_they_were(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BOFT sets CXX=gcc for an extension of its own; torch.compile would link with it."""
+    monkeypatch.setenv("CC", "the user's")
+    monkeypatch.delenv("CXX", raising=False)
+    injected(llama, "hf", type="BOFT")
+    assert (os.environ["CC"], os.environ.get("CXX")) == ("the user's", None)
 
 
 def test_the_twin_that_draws_them_takes_no_memory_for_the_base() -> None:
