@@ -20,6 +20,9 @@ T = TypeVar("T")
 # Roots of settings that are no field of a run's config.
 _MORE_ROOTS = ("experiment", "hydra")
 
+ROOTS = frozenset(field.name for field in fields(RunConfig)) | frozenset(_MORE_ROOTS)
+"""``unused`` of a command that takes no config of a run."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -42,7 +45,8 @@ class Command:
         width = max(len(setting) for setting, _ in rows)
         lines = [f"  {setting:<{width}}  {meaning}" for setting, meaning in rows]
         more = "Further settings are those of a run (dtune train --help), such as precision=bf16."
-        return "\n".join([self.usage.rstrip(), "", *lines, "", more, *_paragraph(self.examples)])
+        further = [] if self.unused >= ROOTS else ["", more]
+        return "\n".join([self.usage.rstrip(), "", *lines, *further, *_paragraph(self.examples)])
 
     def asks_help(self, argv: Sequence[str]) -> bool:
         """Whether the arguments ask for help."""

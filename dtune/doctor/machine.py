@@ -1,4 +1,4 @@
-"""``dtune doctor``: versions, devices, and what is missing for what."""
+"""This machine: versions, devices, and what is missing for what."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dtune import __version__
+from dtune.doctor.table import columns
 from dtune.runtime.capabilities import OPTIONAL, how_to_install, is_installed, version
 
 _GIB = 2**30
@@ -36,10 +37,10 @@ class Feature:
 def report() -> str:
     """Versions, devices, host and features of this machine, as text."""
     sections = (
-        ("Versions", _columns(_versions())),
+        ("Versions", columns(_versions())),
         ("Devices", _devices()),
-        ("Host", _columns(_host())),
-        ("Features", _columns(_feature_rows(features()))),
+        ("Host", columns(_host())),
+        ("Features", columns(_feature_rows(features()))),
     )
     return "\n".join(f"{title}\n{body}\n" for title, body in sections)
 
@@ -144,7 +145,7 @@ def _devices() -> str:
         rows.append(
             (f"cuda:{index}", device.name, memory, f"compute {device.major}.{device.minor}")
         )
-    return f"{_columns(rows)}\n  driver {_driver_version()}"
+    return f"{columns(rows)}\n  driver {_driver_version()}"
 
 
 def _driver_version() -> str:
@@ -172,14 +173,3 @@ def _feature_rows(found: Iterable[Feature]) -> Iterable[tuple[str, ...]]:
             yield feature.setting, "missing", f"{feature.problem}; {feature.remedy}"
         else:
             yield feature.setting, "ready"
-
-
-def _columns(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as lines, all cells but the last padded to the width of their column."""
-    table = list(rows)
-    width = [max(len(row[i]) for row in table if len(row) > i) for i in range(max(map(len, table)))]
-    lines = []
-    for row in table:
-        cells = [cell.ljust(width[i]) for i, cell in enumerate(row[:-1])]
-        lines.append("  " + "  ".join([*cells, row[-1]]))
-    return "\n".join(lines)

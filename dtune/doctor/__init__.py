@@ -1,0 +1,1 @@
+"""What ``dtune doctor`` looks at: this machine, or all nodes of an allocation."""
