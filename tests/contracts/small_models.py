@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import resource
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dtune.errors import CheckpointError
 from dtune.models.sources import RenamedSource
 from dtune.peft.lora import LoraLinear
 from dtune.types import ModelSpec, PeftMethod, Role, TensorSource
@@ -132,6 +135,32 @@ def fill(model: PreTrainedModel, values: dict[str, torch.Tensor], base: Path) ->
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     model.eval()
+
+
+def injected_twin(base: Path, method: PeftMethod, *, noise: float) -> PreTrainedModel:
+    """A model with a method in it whose trained values are away from their start."""
+    model, spec = build_on_meta(base)
+    method.inject(model, spec)
+    materialize(model, method, base)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
+    return model
+
+
+def check_failed_save(model: nn.Module, method: PeftMethod, folder: Path) -> None:
+    """A save on a full disk fails on every rank alike and leaves the older files as they were."""
+    method.save(trained_tensors(model), str(folder))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    taken = itertools.count()
+    counted = ((next(taken), item)[1] for item in trained_tensors(model))
+    with limited_file_size(8192), pytest.raises(CheckpointError, match="File too large"):
+        method.save(counted, str(folder))
+    assert next(taken) == len(list(trained_tensors(model)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def read_whole(source: TensorSource, name: str) -> torch.Tensor:

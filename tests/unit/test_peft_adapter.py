@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dtune.errors import CheckpointError, ConfigError
+from dtune.errors import ConfigError
 from dtune.models.spec import describe
 from dtune.patch.apply import apply_patches
 from dtune.patch.base import patch_names
@@ -23,9 +23,9 @@ from dtune.peft.adapter import Adapter, Bottleneck, ParallelAdapter, SequentialA
 from dtune.peft.schema.adapter import Activation, AdapterConfig, Kind
 from tests.contracts.small_models import (
     build_on_meta,
-    limited_file_size,
+    check_failed_save,
+    injected_twin,
     load_base,
-    materialize,
     read_whole,
     save_base,
     sources,
@@ -44,16 +44,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(base: Path, config: AdapterConfig) -> tuple[PreTrainedModel, Adapter]:
     """A model whose adapters are far from their start."""
-    model, spec = build_on_meta(base)
     method = Adapter(config)
-    method.inject(model, spec)
-    materialize(model, method, base)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model, method
+    return injected_twin(base, method, noise=0.3), method
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -255,16 +247,7 @@ def test_failed_save_runs_through_the_tensors_and_keeps_the_older_adapter(
     base: Path, tmp_path: Path
 ) -> None:
     model, method = trained(base, AdapterConfig(bottleneck=64))
-    folder = tmp_path / "adapter"
-    method.save(trained_tensors(model), str(folder))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    taken = itertools.count()
-    counted = ((next(taken), item)[1] for item in trained_tensors(model))
-    with limited_file_size(8192), pytest.raises(CheckpointError, match="File too large"):
-        method.save(counted, str(folder))
-    assert next(taken) == len(list(trained_tensors(model)))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    check_failed_save(model, method, tmp_path / "adapter")
 
 
 def test_block_of_another_structure_is_refused(base: Path) -> None:

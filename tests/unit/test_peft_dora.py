@@ -23,23 +23,12 @@ from tests.contracts.small_models import (
     load_base,
     materialize,
     read_whole,
-    save_base,
     sources,
     token_ids,
     trained_tensors,
 )
 from tests.unit.frozen import in_4_bits
 from tests.unit.patched import adapted, largest_difference, train_step
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), request.param)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

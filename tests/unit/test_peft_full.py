@@ -18,10 +18,9 @@ from dtune.peft.full import Full
 from dtune.peft.schema.full import FullConfig
 from dtune.runtime.tensors import TensorEntry
 from tests.contracts.small_models import (
-    build_on_meta,
+    injected_twin,
     limited_file_size,
     load_base,
-    materialize,
     read_whole,
     save_base,
     token_ids,
@@ -33,15 +32,8 @@ TINY = Path(dtune.__file__).parent / "assets" / "tiny"
 
 def trained(base: Path) -> tuple[PreTrainedModel, Full]:
     """A model with every parameter moved away from its base."""
-    model, spec = build_on_meta(base)
     method = Full(FullConfig())
-    method.inject(model, spec)
-    materialize(model, method, base)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model, method
+    return injected_twin(base, method, noise=0.1), method
 
 
 @pytest.mark.parametrize("tied", [False, True])

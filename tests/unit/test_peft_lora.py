@@ -14,30 +14,20 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from dtune.errors import CheckpointError, ConfigError
+from dtune.errors import ConfigError
 from dtune.peft.lora import Lora, LoraLinear
 from dtune.peft.schema.lora import LoraConfig
 from tests.contracts.small_models import (
     build_on_meta,
-    limited_file_size,
+    check_failed_save,
+    injected_twin,
     load_base,
-    materialize,
     read_whole,
     save_base,
     sources,
     token_ids,
     trained_tensors,
 )
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), request.param)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 def injected(base: Path, config: LoraConfig) -> tuple[PreTrainedModel, Lora]:
@@ -49,13 +39,8 @@ def injected(base: Path, config: LoraConfig) -> tuple[PreTrainedModel, Lora]:
 
 def trained_twin(base: Path, config: LoraConfig) -> tuple[PreTrainedModel, Lora]:
     """A model whose adapters are far from their start."""
-    model, method = injected(base, config)
-    materialize(model, method, base)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _, parameter in trained_parameters(model):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model, method
+    method = Lora(config)
+    return injected_twin(base, method, noise=0.3), method
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -296,16 +281,7 @@ def test_failed_save_runs_through_the_tensors_and_keeps_the_older_adapter(
     llama: Path, tmp_path: Path
 ) -> None:
     ours, method = trained_twin(llama, LoraConfig(rank=64))
-    folder = tmp_path / "adapter"
-    method.save(trained_tensors(ours), str(folder))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    taken = itertools.count()
-    counted = ((next(taken), item)[1] for item in trained_tensors(ours))
-    with limited_file_size(8192), pytest.raises(CheckpointError, match="File too large"):
-        method.save(counted, str(folder))
-    assert next(taken) == len(trained_parameters(ours))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    check_failed_save(ours, method, tmp_path / "adapter")
 
 
 def test_other_ranks_run_through_and_write_nothing(llama: Path, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from tests.contracts.small_models import (
     build_on_meta,
     equal_within,
     fill,
+    injected_twin,
     load_base,
-    materialize,
     read_whole,
     rounding_of,
     save_base,
@@ -42,23 +42,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
-def injected(base: Path, name: str, **options: object) -> tuple[PreTrainedModel, Lora]:
-    model, spec = build_on_meta(base)
+def made(name: str, **options: object) -> Lora:
     method = PEFT.config(name)(rank=4, alpha=6.0, **options).build()
     assert isinstance(method, Lora)
+    return method
+
+
+def injected(base: Path, name: str, **options: object) -> tuple[PreTrainedModel, Lora]:
+    model, spec = build_on_meta(base)
+    method = made(name, **options)
     method.inject(model, spec)
     return model, method
 
 
 def moved(base: Path, name: str, **options: object) -> tuple[PreTrainedModel, Lora]:
     """A model whose adapters are far from their start."""
-    model, method = injected(base, name, **options)
-    materialize(model, method, base)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _, parameter in trained_parameters(model):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model, method
+    method = made(name, **options)
+    return injected_twin(base, method, noise=0.3), method
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -27,6 +27,7 @@ from dtune.peft.tuners import Tuner, skeleton
 from dtune.types import ModelSpec
 from tests.contracts.small_models import (
     build_on_meta,
+    injected_twin,
     load_base,
     materialize,
     read_whole,
@@ -64,11 +65,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
 def method_of(case: str) -> Tuner:
     name, options = CASES[case]
     method = PEFT.config(name)(**options).build()
@@ -78,15 +74,8 @@ def method_of(case: str) -> Tuner:
 
 def trained_twin(base: Path, case: str) -> tuple[PreTrainedModel, Tuner]:
     """A model whose adapters are away from their start."""
-    model, spec = build_on_meta(base)
     method = method_of(case)
-    method.inject(model, spec)
-    materialize(model, method, base)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _, parameter in trained_parameters(model):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model, method
+    return injected_twin(base, method, noise=0.05), method
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -51,16 +51,6 @@ PEFT_CONFIGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), request.param)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
 def ours(base: Path, kind: str, **options: Any) -> tuple[PreTrainedModel, VirtualTokens]:
     name, own = METHODS[kind]
     method = PEFT.config(name)(**{"num_virtual_tokens": N, **own, **options}).build()

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 
 from dtune.errors import ConfigError
 from dtune.peft.schema import PEFT
-from dtune.peft.schema.tuners import (
-    TunerConfig,
-    check_above_zero,
-    check_at_least,
-    check_probability,
-)
+from dtune.peft.schema.tuners import FactorConfig
 
 if TYPE_CHECKING:
     from dtune.types import PeftMethod
@@ -20,26 +15,20 @@ if TYPE_CHECKING:
 
 @PEFT.register
 @dataclass
-class LokrConfig(TunerConfig):
-    """LoKr, Yeh et al. 2023, arXiv:2309.14859: W + (alpha / rank) (C kron (A B))."""
+class LokrConfig(FactorConfig):
+    """LoKr, Yeh et al. 2023, arXiv:2309.14859: W + (alpha / rank) (C kron (A B)).
+
+    A factor that is no larger than its rank is kept whole.
+    """
 
     name: str = "lokr"
-    # Rank of the larger factor; a factor that is no larger than that is kept whole.
-    rank: int = 8
-    # Scale: the update is multiplied by alpha / rank.
-    alpha: float = 16.0
     # Rows and columns of the smaller factor, at most; -1: as near to the square root as divides.
     factor: int = -1
     # Whether the smaller factor is of low rank as well.
     decompose_both: bool = False
-    # Probability of leaving an output of the update out of a step.
-    rank_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("rank", self.rank, 1)
-        check_above_zero("alpha", self.alpha)
-        check_probability("rank_dropout", self.rank_dropout)
         if self.factor != -1 and self.factor < 1:
             raise ConfigError(f"peft.factor={self.factor} must be -1, or at least 1")
 

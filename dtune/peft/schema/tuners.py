@@ -20,6 +20,24 @@ class TunerConfig(PeftConfig):
             raise ConfigError("peft.targets is empty; set it to [all-linear] or name the layers")
 
 
+@dataclass
+class FactorConfig(TunerConfig):
+    """An update made of low-rank factors by another product than B A."""
+
+    # Rank of the factors that are of low rank.
+    rank: int = 8
+    # Scale: the update is multiplied by alpha / rank.
+    alpha: float = 16.0
+    # Probability of leaving an output of the update out of a step.
+    rank_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("rank", self.rank, 1)
+        check_above_zero("alpha", self.alpha)
+        check_probability("rank_dropout", self.rank_dropout)
+
+
 def check_at_least(key: str, value: float, least: float) -> None:
     """ConfigError for a value below the least one."""
     if value < least:
