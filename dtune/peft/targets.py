@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Sequence
 
 from torch import nn
 
-from dtune.errors import ConfigError
 from dtune.types import ModelSpec, Role
 
 ALL_LINEAR = "all-linear"
@@ -24,9 +21,9 @@ def plan_targets(model: nn.Module, spec: ModelSpec, targets: Sequence[str]) -> l
     roles = plan_roles(model, spec)
     chosen: set[str] = set()
     for target in targets:
-        found = roles[target] if target in roles else _matching(target, spec)
+        found = roles[target] if target in roles else spec.linears_named(target)
         if not found:
-            raise _unmatched(target, roles, spec)
+            raise spec.no_linear_error("peft.targets", target, list(roles))
         chosen.update(found)
     return [path for path in spec.linears if path in chosen]
 
@@ -43,22 +40,3 @@ def plan_roles(model: nn.Module, spec: ModelSpec) -> dict[str, list[str]]:
 
 def _is_block(module: nn.Module, spec: ModelSpec) -> bool:
     return isinstance(module, tuple(spec.block_types))
-
-
-def _matching(target: str, spec: ModelSpec) -> list[str]:
-    return [
-        path
-        for path in spec.linears
-        if path.rpartition(".")[2] == target or fnmatch.fnmatchcase(path, target)
-    ]
-
-
-def _unmatched(target: str, roles: dict[str, list[str]], spec: ModelSpec) -> ConfigError:
-    leaves = sorted({path.rpartition(".")[2] for path in spec.linears})
-    pool = [*roles, *leaves, *(spec.linears if "." in target else ())]
-    near = difflib.get_close_matches(target, pool, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return ConfigError(
-        f"peft.targets: {target!r} matches no linear layer of {spec.family} ({spec.path}); {hint}"
-        f"Roles: {', '.join(roles)}. Names: {', '.join(leaves)}"
-    )

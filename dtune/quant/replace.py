@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -119,28 +117,10 @@ def plan_skipped(skip: Sequence[str], spec: ModelSpec, in_blocks: Sequence[str])
     roles[ALL_LINEAR] = list(in_blocks)
     chosen: set[str] = set()
     for name in skip:
-        found = roles.get(name) or _matching(name, spec)
+        found = roles.get(name) or spec.linears_named(name)
         # The default names the head, which a model may lack.
         if not found and name != Role.head.value:
-            raise _unmatched(name, spec, [role for role, paths in roles.items() if paths])
+            there = [role for role, paths in roles.items() if paths]
+            raise spec.no_linear_error("quant.skip", name, there)
         chosen.update(found)
     return chosen
-
-
-def _matching(name: str, spec: ModelSpec) -> list[str]:
-    return [
-        path
-        for path in spec.linears
-        if path.rpartition(".")[2] == name or fnmatch.fnmatchcase(path, name)
-    ]
-
-
-def _unmatched(name: str, spec: ModelSpec, roles: Sequence[str]) -> ConfigError:
-    leaves = sorted({path.rpartition(".")[2] for path in spec.linears})
-    pool = [*roles, *leaves, *(spec.linears if "." in name else ())]
-    near = difflib.get_close_matches(name, pool, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return ConfigError(
-        f"quant.skip: {name!r} matches no linear layer of {spec.family} ({spec.path}); {hint}"
-        f"Roles: {', '.join(roles)}. Names: {', '.join(leaves)}"
-    )

@@ -121,8 +121,16 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self) -> None:
-        """Optimizer, schedule, zero_grad."""
+    def step(self, blocked: torch.Tensor | None = None) -> None:
+        """Optimizer, schedule, zero_grad.
+
+        Where ``blocked``, a bool scalar on the device and equal on all ranks, is true, the step is
+        passed over.
+        """
+        ...
+
+    def pass_over(self) -> None:
+        """Drop the gradients; the schedule goes on, parameters and optimizer stay as they are."""
         ...
 
     def learning_rate(self) -> float:

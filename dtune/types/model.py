@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+
+from dtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from dtune_kernels.weights import QuantizedWeight
@@ -61,6 +65,25 @@ class ModelSpec:
     """Ids of the tokens that are new to the model: ``model.added_tokens``."""
     grown: Mapping[str, int] = field(default_factory=dict)
     """Parameter that has more rows than the checkpoint, for new tokens -> rows that are stored."""
+
+    def linears_named(self, name: str) -> list[str]:
+        """Paths of the linears with this last component, or that match this glob; may be none."""
+        return [
+            path
+            for path in self.linears
+            if path.rpartition(".")[2] == name or fnmatch.fnmatchcase(path, name)
+        ]
+
+    def no_linear_error(self, key: str, name: str, roles: Sequence[str]) -> ConfigError:
+        """What to raise for a name of the setting ``key`` that is no linear and none of roles."""
+        leaves = sorted({path.rpartition(".")[2] for path in self.linears})
+        pool = [*roles, *leaves, *(self.linears if "." in name else ())]
+        near = difflib.get_close_matches(name, pool, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        return ConfigError(
+            f"{key}: {name!r} matches no linear layer of {self.family} ({self.path}); {hint}"
+            f"Roles: {', '.join(roles)}. Names: {', '.join(leaves)}"
+        )
 
 
 class TensorSource(Protocol):
