@@ -17,7 +17,7 @@ DOCTOR = shlex.join([sys.executable, "-m", "dtune", "doctor", "--cluster"])
 @pytest.mark.slow
 def test_a_batch_script_has_its_nodes_examined(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(
-        *("--nodes=2", "--output=out", "--wrap"),
+        *("--nodelist=n[1-2]", "--output=out", "--wrap"),
         f"{DOCTOR} nproc=1 size_mib=1 folder={tmp_path}",
         cwd=tmp_path,
     )
