@@ -35,6 +35,8 @@ rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTAR
 stop = []
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: stop.append(number))
+# Held back until there is somebody to hear them, as for the ranks of dtune.
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
 print("out of rank", rank, flush=True)
 (folder / f"started-{rank}-{attempt}").touch()
 if how == "fail" and rank == "1":
