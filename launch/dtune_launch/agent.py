@@ -11,13 +11,16 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import api
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as launcher_api
@@ -27,6 +30,9 @@ from dtune_launch.torchrun import node_options
 
 CONFIG_ERROR = 2
 """Exit code of a rank that trying again does not help."""
+
+LEAVE_SECONDS = 20.0
+"""What the agent has to leave the others in good order once its ranks have failed for good."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         sys.stderr.write(f"rank {rank} {_how(failure.exitcode)}\n")
-        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        return _exit_code(failure.exitcode)
     except SignalException as error:
         return 128 + int(error.sigval)
     except RendezvousError as error:
@@ -53,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent, which does not start ranks again that have ended by a wrong config."""
+    """torchrun's agent, which does not start ranks again that have ended by a wrong config.
+
+    After its ranks have failed for good it leaves soon, also where it cannot reach the others.
+    """
+
+    _is_watched = False
 
     status: Path | None = None
     """How the run stands, by what a rank has written of it, perhaps one of another node."""
@@ -64,6 +75,36 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         return result
 
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        if not self._is_watched:
+            self._is_watched = True
+            threading.Thread(target=self._leave_in_the_end, daemon=True).start()
+        return started
+
+    def _leave_in_the_end(self) -> None:
+        """End this process some time after its ranks have failed for good.
+
+        torchrun asks the store of the head about the other machines all the time: where that is
+        cut off, it waits for minutes, and does not see how its own ranks end.
+        """
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while True:
+            time.sleep(1.0)
+            codes = self._exit_codes()
+            failed = next((code for code in codes if code), None)
+            if failed is None or None in codes or self._remaining_restarts > 0:
+                deadline = time.monotonic() + LEAVE_SECONDS
+            elif time.monotonic() > deadline:
+                os._exit(_exit_code(failed))
+
+    def _exit_codes(self) -> list[int | None]:
+        """Of the ranks of this machine; None for one that runs."""
+        context = self._pcontext
+        if not isinstance(context, SubprocessContext):
+            return []
+        return [handler.proc.poll() for handler in context.subprocess_handlers.values()]
+
     def _is_hopeless(self, result: RunResult) -> bool:
         if any(failure.exitcode == CONFIG_ERROR for failure in result.failures.values()):
             return True
@@ -71,6 +112,11 @@ class Agent(LocalElasticAgent):
             return False
         said = json.loads(self.status.read_text(encoding="utf-8"))
         return bool(said["state"] == "config_error")
+
+
+def _exit_code(code: int) -> int:
+    """Of a rank, as a shell says it: 128 + n where signal n ended it."""
+    return code if code >= 0 else 128 - code
 
 
 def _how(code: int) -> str:
