@@ -16,6 +16,27 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported: kernels are interpreted in these processes.
     os.environ["TRITON_INTERPRET"] = "1"
 
+_COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
+
+
+@pytest.fixture(autouse=True)
+def _compilers_stay() -> Iterator[None]:
+    """BOFT of HF peft, which tests compare with, leaves CXX=gcc behind, for all that comes after.
+
+    torch.compile in ranks that are started then would link C++ without its library.
+    """
+    _restore_compilers()
+    yield
+    _restore_compilers()
+
+
+def _restore_compilers() -> None:
+    for name, value in _COMPILERS.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[Pool]:
