@@ -19,8 +19,8 @@ _CLUSTER = "--cluster"
 _USAGE = """dtune doctor                       versions, devices, and what is missing for what
 dtune doctor --cluster [settings]  ranks, ports, clocks, folder, speed between nodes
 
-Inside an allocation (sbatch, salloc) --cluster starts its ranks on all nodes of it; elsewhere on
-this machine. Under torchrun or srun each process is a rank.
+--cluster starts its ranks on this machine. For several, start it by torchrun on each of them:
+torchrun --nnodes=2 --nproc-per-node=8 ... -m dtune doctor --cluster
 """
 
 

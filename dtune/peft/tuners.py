@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -89,7 +90,7 @@ class TensorsSource:
         return self._tensors[name].reshape(-1)[start:stop]
 
 
-class Tuner(Method):
+class Tuner(Method, ABC):
     """Layers of ``peft`` around the linear layers that ``peft.targets`` names.
 
     A subclass says which: ``key`` is what its errors begin with, ``peft_config`` the settings.
@@ -109,16 +110,16 @@ class Tuner(Method):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, str] = {}
 
+    @abstractmethod
     def peft_config(self, targets: list[str]) -> peft.PeftConfig:
         """Settings as ``peft`` takes them. ``targets`` are names as it matches them."""
-        raise NotImplementedError(type(self))
 
     def plan(self, model: nn.Module, spec: ModelSpec) -> list[str]:
         """Paths of the modules that get a layer. ConfigError for a target that matches nothing."""
         return plan_targets(model, spec, self._wanted)
 
     def adapt(self, model: nn.Module) -> None:
-        """Change layers that ``peft`` has just put into a model; nothing where they serve."""
+        """Change layers that ``peft`` has just put into a model; here they serve as they are."""
 
     def inject(self, model: nn.Module, spec: ModelSpec) -> InjectReport:
         """Put the layers in, in place. ConfigError where a target or a setting does not fit."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import wraps
@@ -142,7 +142,7 @@ def extend_seen(given: dict[str, Any], num: int) -> None:
         given["position_ids"] = given["position_ids"] + num
 
 
-class VirtualTokens(Method):
+class VirtualTokens(Method, ABC):
     """Virtual tokens before every row; the model itself is frozen."""
 
     export_name = "adapter"
@@ -165,7 +165,7 @@ class VirtualTokens(Method):
         """Of ``adapter_config.json``: what only this method has, and ``token_dim`` and heads."""
 
     def check_model(self, model: PreTrainedModel, spec: ModelSpec) -> None:
-        """Raise ConfigError for a model that cannot take the tokens."""
+        """Raise ConfigError for a model that cannot take the tokens; here every model can."""
 
     def inject(self, model: nn.Module, spec: ModelSpec) -> InjectReport:
         """Add the encoder. ConfigError for a model that cannot take virtual tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,7 @@ COMPARED = 256
 _PIECE = 1 << 22
 
 
-class WholeModel(Method):
+class WholeModel(Method, ABC):
     """Trains what ``plan_trained`` names and freezes the rest; nothing is added or replaced.
 
     What is exported is a model in Hugging Face's layout, in the dtype of its base: parameters
@@ -50,9 +51,9 @@ class WholeModel(Method):
         trainable, total = count_parameters(model)
         return InjectReport(self.name, {}, trainable, total)
 
+    @abstractmethod
     def plan_trained(self, model: nn.Module, spec: ModelSpec) -> frozenset[str]:
         """Names of the parameters that are trained, of a shared one the first; not empty."""
-        raise NotImplementedError(type(self))
 
     def exported_bytes(self) -> int:
         """Of the model."""
