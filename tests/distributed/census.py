@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +55,23 @@ def held_part(parameter: nn.Parameter) -> torch.Tensor:
     return part.ds_tensor if hasattr(part, "ds_tensor") else parameter
 
 
-def take_census(world: World, *, setup: Setup) -> dict[str, int]:
-    """Train one step, and count in the second."""
+SETTLES_WITHIN = 5.0
+"""Seconds in which gloo's threads let go of the tensors of a collective that has ended."""
+
+
+def _settled(count: Callable[[], int], planned: int) -> int:
+    """The count, as soon as it is not above the plan, or else as it is after SETTLES_WITHIN."""
+    deadline = time.monotonic() + SETTLES_WITHIN
+    while (counted := count()) > planned and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return counted
+
+
+def take_census(world: World, *, setup: Setup, planned: dict[str, int]) -> dict[str, int]:
+    """Train one step, and count in the second.
+
+    ``planned`` is only what a count is waited for to fall to; what is counted is returned.
+    """
     engine = build_engine(world, setup)
     batch = make_batch(0, 0, packed=setup.packed).to(world.device)
     for last in (False, True):
@@ -68,12 +85,14 @@ def take_census(world: World, *, setup: Setup) -> dict[str, int]:
         with tally, engine.micro(last=last):
             loss = causal_loss(engine.model, batch).total
             gc.collect()  # DeepSpeed's hooks are in cycles with what they have seen
-            found.activations = tally.alive(besides=[*_persistent(engine), *_inputs(batch)])
+            live = partial(_activations, engine, tally, batch)
+            found.activations = _settled(live, planned["activations"])
             found.gathered = distinct_bytes(model.parameters()) if _is_zero3(engine) else 0
             engine.backward(loss / 100)
             del loss
             gc.collect()
-        found.gradients = max(found.gradients, _gradients(engine, tally, batch))
+        left = _settled(partial(_gradients, engine, tally, batch), planned["gradients"])
+        found.gradients = max(found.gradients, left)
     found.frozen = distinct_bytes(held_part(p) for p in model.parameters() if not p.requires_grad)
     trained = [held_part(p) for p in model.parameters() if p.requires_grad]
     if isinstance(engine, TorchEngine):
@@ -98,6 +117,10 @@ def _is_zero3(engine: Engine) -> bool:
 def _inputs(batch: Batch) -> list[torch.Tensor]:
     tensors = [batch.input_ids, batch.labels, batch.position_ids, batch.document_ids]
     return [*tensors, *([] if batch.attention_mask is None else [batch.attention_mask])]
+
+
+def _activations(engine: Engine, tally: StorageTally, batch: Batch) -> int:
+    return tally.alive(besides=[*_persistent(engine), *_inputs(batch)])
 
 
 def _persistent(engine: Engine) -> Iterator[torch.Tensor]:

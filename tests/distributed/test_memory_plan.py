@@ -46,15 +46,15 @@ def shown(setup: Setup) -> str:
 
 @pytest.mark.parametrize("setup", CASES, ids=shown)
 def test_the_tiny_model_takes_what_was_planned(two_ranks: Pool, setup: Setup) -> None:
-    live = fullest(two_ranks.run(CENSUS, setup=setup))
-    assert live == plan(setup, ranks=2)
+    planned = plan(setup, ranks=2)
+    assert fullest(two_ranks.run(CENSUS, setup=setup, planned=planned)) == planned
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_a_wrong_number_is_noticed(two_ranks: Pool, engine: str) -> None:
     """The comparison rejects the plan of another recomputation, method, precision or size."""
     setup = replace(TINY, engine=engine, peft="lora")
-    live = fullest(two_ranks.run(CENSUS, setup=setup))
+    live = fullest(two_ranks.run(CENSUS, setup=setup, planned=plan(setup, ranks=2)))
     assert plan(setup, ranks=2, recompute="full")["activations"] < 0.9 * live["activations"]
     assert plan(replace(setup, precision="bf16"), ranks=2)["frozen"] == live["frozen"] // 2
     other = plan(replace(setup, peft="full"), ranks=2)
@@ -93,4 +93,4 @@ def test_a_model_of_200_mb_takes_what_was_planned(
     planned = plan(setup, ranks=2)
     weights = planned["frozen"] + planned["masters"]
     assert weights > 100e6 if engine in ("fsdp", "zero3") or peft == "full" else weights > 200e6
-    assert fullest(two_ranks.run(CENSUS, setup=setup)) == planned
+    assert fullest(two_ranks.run(CENSUS, setup=setup, planned=planned)) == planned
