@@ -9,6 +9,7 @@ from dtune.build import (
     build_data,
     build_held_out,
     build_trained_model,
+    list_left_out,
     prepare_engine,
     weights_of,
 )
@@ -24,19 +25,23 @@ from dtune.run_folder import keep_old
 from dtune.runtime.world import World
 from dtune.train.export import Exporter
 from dtune.train.participant import WithMethod
+from dtune.train.progress import RunProgress
 from dtune.train.sinks.build import build_sinks
 from dtune.train.speed import speed_of
-from dtune.train.trainer import Cadence, RunProgress, Trainer
+from dtune.train.trainer import Cadence, Trainer
 from dtune.types import TakesPartInSteps
 
 
 def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     """Build everything of a run, in this order; the user's mistakes come before the weights."""
+    run_dir = Path(run.run_dir)
     tokenizer = load_tokenizer(run.model)
     built = build_trained_model(run, load=True, device=world.device)
     data = build_data(run, tokenizer, world, world_size=world.size)
     check_steps(run.schedule, data.total_steps)
     held_out = build_held_out(run, tokenizer, data.objective, world)
+    held_out_rows = {} if held_out is None else {"eval": held_out.dataset}
+    list_left_out(run_dir, world, train=data.train, **held_out_rows)
     identity = identity_of(
         run, data.train.fingerprint, last_sequence=data.loader.sequences_until(data.total_steps)
     )
@@ -52,22 +57,22 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     if checkpoint is not None:
         whole = WithMethod(engine, participant, world)
         load_checkpoint(checkpoint, engine=whole, identity=identity, world=world)
-        progress, held = go_on(checkpoint, Path(run.run_dir), data.total_steps, world)
+        progress, held = go_on(checkpoint, run_dir, data.total_steps, world)
     elif world.is_first:
         # Of an attempt that ended before it saved: the same steps come again.
-        keep_old(Path(run.run_dir) / "metrics.jsonl")
+        keep_old(run_dir / "metrics.jsonl")
+    folder, best = run_dir / CHECKPOINTS, held.best_step
+    checkpointer = Checkpointer(folder, run.checkpoint, world, best_step=best)
     trainer = Trainer(
         engine=engine,
         objective=data.objective,
         loader=data.loader,
         evaluator=held_out,
-        checkpointer=Checkpointer(
-            Path(run.run_dir) / CHECKPOINTS, run.checkpoint, world, best_step=held.best_step
-        ),
+        checkpointer=checkpointer,
         identity=identity,
         sinks=build_sinks(
             run.log,
-            Path(run.run_dir),
+            run_dir,
             world,
             start_step=progress.step,
             total_steps=data.total_steps,
@@ -75,12 +80,14 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
         ),
         world=world,
         config=run.train,
+        guard_config=run.guard,
+        watch=run.watch,
         cadence=Cadence(run.log.every, run.train.eval_every, run.checkpoint.every),
         best=run.checkpoint.best,
         speed=speed,
         total_steps=data.total_steps,
         tokenizer=tokenizer,
-        run_dir=Path(run.run_dir),
+        run_dir=run_dir,
         progress=progress,
         participant=participant,
         saved_step=held.saved_step,

@@ -159,6 +159,12 @@ def parse_index(data: bytes) -> dict[str, StoredTensor]:
     }
 
 
+def is_link_within(folder: Path, name: str) -> bool:
+    """Whether a file of a checkpoint, or the folder in it that it lies in, is a symbolic link."""
+    file = folder / name
+    return file.is_symlink() or (file.parent != folder and file.parent.is_symlink())
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a CheckpointError that names the file and the reason."""

@@ -69,7 +69,7 @@ class Columns:
             raise self.wrong(f"text in column {self.renames.get(name, name)!r}", value)
         if not value.strip():
             raise self.wrong(f"text that is not blank in column {name!r}", value)
-        return value
+        return self.clean(value, f"column {self.renames.get(name, name)!r}")
 
     def optional(self, name: str) -> str:
         """Text of a column, empty where it is missing, null or blank."""
@@ -78,7 +78,21 @@ class Columns:
             return ""
         if not isinstance(value, str):
             raise self.wrong(f"text in column {self.renames.get(name, name)!r}", value)
-        return value if value.strip() else ""
+        where = f"column {self.renames.get(name, name)!r}"
+        return self.clean(value, where) if value.strip() else ""
+
+    def clean(self, value: str, where: str) -> str:
+        """The text itself, if it is text that a tokenizer takes."""
+        if "\0" in value:
+            raise self.wrong(f"text without NUL characters in {where}", value)
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                # JSON can write half of a character of two code units.
+                half = repr(error.object[error.start])
+                raise self.wrong(f"whole characters in {where}", half) from error
+        return value
 
     def objects(self, name: str) -> list[dict[str, Any]]:
         """List of objects that must be there and not be empty."""
@@ -132,7 +146,7 @@ def from_sharegpt(columns: Columns) -> Turns:
     turns = [Message("system", system)] if system else []
     for turn in columns.objects("conversations"):
         speaker = turn.get("from")
-        if speaker not in _SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise columns.wrong(f"'from' to be one of {', '.join(_SHAREGPT_ROLES)}", speaker)
         turns.append(_turn(columns, _SHAREGPT_ROLES[speaker], turn.get("value")))
     return _check_turns(columns, tuple(turns))
@@ -147,7 +161,7 @@ def _turn(columns: Columns, role: object, content: object) -> Message:
         raise columns.wrong(f"text of the {role}'s turn", content)
     if role != "system" and not content.strip():
         raise columns.wrong(f"text of the {role}'s turn that is not blank", content)
-    return Message(role, content)
+    return Message(columns.clean(role, "a role"), columns.clean(content, f"the {role}'s turn"))
 
 
 def _join_parts(columns: Columns, parts: list[Any]) -> str:

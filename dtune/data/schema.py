@@ -55,8 +55,11 @@ class DataConfig:
     max_length: int = 512
     # Put several whole rows into one sequence of max_length; attention stays inside each row.
     packing: bool = True
-    # error: a malformed row stops before training; skip: it is left out and counted.
+    # error: a malformed row stops before training; skip: it is left out, counted and listed in
+    # RUN/left_out-train.jsonl, up to max_bad_share.
     on_bad_row: OnBadRow = OnBadRow.error
+    # Largest share of rows that on_bad_row=skip may leave out; above it the run does not start.
+    max_bad_share: float = 0.01
     # error, skip or truncate rows longer than max_length; what is cut is counted and printed.
     on_long_row: OnLongRow = OnLongRow.error
     # Shuffle the rows anew in every epoch, from the seed.
@@ -69,5 +72,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ConfigError(f"data.max_length={self.max_length} must be at least 2")
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise ConfigError(f"data.max_bad_share={self.max_bad_share} must be in [0, 1]")
         if self.max_rows < 0:
             raise ConfigError(f"data.max_rows={self.max_rows} must be 0 (all rows) or more")

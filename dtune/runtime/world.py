@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -10,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+
+from dtune.errors import HungError
 
 T = TypeVar("T")
 
@@ -78,6 +81,14 @@ class World:
         """Whether ``yes`` is true on at least one rank."""
         return not self.all_agree(not yes)
 
+    def largest(self, number: int) -> int:
+        """The largest of what the ranks gave."""
+        if self.size == 1:
+            return number
+        vote = torch.tensor(number)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host)
+        return int(vote.item())
+
     def gather(self, value: T) -> list[T]:
         """What every rank gave, in order of ranks, on every rank. Picklable values of our own."""
         if self.size == 1:
@@ -98,6 +109,27 @@ class World:
         """Wait for every rank, over gloo."""
         if self.size > 1:
             dist.barrier(group=self.host)
+
+    def meet(self, seconds: float) -> None:
+        """A barrier over gloo that names who does not come within ``seconds``; 0: waits for ever.
+
+        Raises HungError on the first rank, and on the others where it has given up.
+        """
+        if self.size == 1:
+            return
+        timeout = timedelta(seconds=seconds) if seconds else HOST_TIMEOUT
+        try:
+            dist.monitored_barrier(group=self.host, timeout=timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            missing = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error))
+            if missing is None:
+                raise
+            who = missing.group(1).strip(" ,")
+            raise HungError(
+                f"hung: rank {who} did not come to the barrier of all ranks within {seconds:.0f} s "
+                "(watch.step)",
+                rank=int(who.split(",")[0]),
+            ) from error
 
     def stop(self) -> None:
         """Leave the process group."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from dtune.runtime.capabilities import require
 from dtune.runtime.schema import LogConfig
 from dtune.runtime.world import World
+from dtune.train.sinks.background import HURRY_SECONDS, BackgroundSink, TrackerReport
 from dtune.train.sinks.base import Sink
 from dtune.train.sinks.jsonl import JsonlSink
 from dtune.train.sinks.progress import BarSink, LineSink, wants_bar
@@ -21,7 +25,15 @@ def build_sinks(
     total_steps: int,
     settings: dict[str, object],
 ) -> list[Sink]:
-    """The sinks of this rank: none but on the first. ``settings`` is what wandb shows as config."""
+    """The sinks of this rank: none but on the first. ``settings`` is what wandb shows as config.
+
+    Raises ConfigError where a tracker is not installed. What else goes wrong with one is logged,
+    and training goes on.
+    """
+    if config.tensorboard:
+        require("tensorboard", "log.tensorboard=true")
+    if config.wandb:
+        require("wandb", "log.wandb=true")
     if not world.is_first:
         return []
     progress = (
@@ -31,14 +43,28 @@ def build_sinks(
     )
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl"), progress]
     if config.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", start_step))
+        make = partial(TensorBoardSink, run_dir / "tensorboard", start_step)
+        sinks.append(BackgroundSink("tensorboard", make))
     if config.wandb:
-        sinks.append(
-            WandbSink(
-                run_dir / "wandb",
-                project=config.wandb_project,
-                mode=config.wandb_mode,
-                config=settings,
-            )
+        run = partial(
+            WandbSink,
+            run_dir / "wandb",
+            project=config.wandb_project,
+            mode=config.wandb_mode,
+            config=settings,
         )
+        sinks.append(BackgroundSink("wandb", run))
     return sinks
+
+
+def close_sinks(sinks: Sequence[Sink], *, in_a_hurry: bool) -> None:
+    """Close all of them; a tracker gets less time where a scheduler waits for the run to end."""
+    for sink in sinks:
+        if isinstance(sink, BackgroundSink) and in_a_hurry:
+            sink.close_seconds = HURRY_SECONDS
+        sink.close()
+
+
+def report_trackers(sinks: Sequence[Sink]) -> list[TrackerReport]:
+    """What became of the rows of every tracker."""
+    return [sink.report() for sink in sinks if isinstance(sink, BackgroundSink)]
