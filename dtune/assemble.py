@@ -40,8 +40,7 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     data = build_data(run, tokenizer, world, world_size=world.size)
     check_steps(run.schedule, data.total_steps)
     held_out = build_held_out(run, tokenizer, data.objective, world)
-    held_out_rows = {} if held_out is None else {"eval": held_out.dataset}
-    list_left_out(run_dir, world, train=data.train, **held_out_rows)
+    list_left_out(run_dir, world, data.train, held_out)
     identity = identity_of(
         run, data.train.fingerprint, last_sequence=data.loader.sequences_until(data.total_steps)
     )
