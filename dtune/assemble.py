@@ -41,9 +41,8 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     check_steps(run.schedule, data.total_steps)
     held_out = build_held_out(run, tokenizer, data.objective, world)
     list_left_out(run_dir, world, data.train, held_out)
-    identity = identity_of(
-        run, data.train.fingerprint, last_sequence=data.loader.sequences_until(data.total_steps)
-    )
+    last = data.loader.sequences_until(data.total_steps)
+    identity = identity_of(run, data.train.fingerprint, last_sequence=last)
     checkpoint = find_own_checkpoint(run, built, identity, data.total_steps, world)
     speed = speed_of(built.matrices, built.spec, data.train.lengths, run.precision.name, world)
     # A checkpoint has all that init_from began with.
