@@ -65,6 +65,7 @@ class Watcher:
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.control, selectors.EVENT_READ, "control")
         self.chair: Chair | None = None
+        self._server: socket.socket | None = None
         self.up: Line | None = None
         """To the watcher of the first rank, where that is another one."""
         self._alone: Chair | None = None
@@ -125,13 +126,15 @@ class Watcher:
             self._on_bye()
 
     def _listen(self, *, local: bool) -> None:
-        server = socket.create_server(("127.0.0.1" if local else "", 0), backlog=1024)
-        self.selector.register(server, selectors.EVENT_READ, "listener")
-        self.control.send("listening", port=server.getsockname()[1])
+        self._server = socket.create_server(("127.0.0.1" if local else "", 0), backlog=1024)
+        self.control.send("listening", port=self._server.getsockname()[1])
 
     def _join(self, message: Message) -> None:
         if self.orders.rank == 0:
             self.chair = Chair(self, size=message["size"], secret=message.get("secret", ""))
+            if self._server is not None:
+                # Not sooner: what others say before there is a chair would be heard by nobody.
+                self.selector.register(self._server, selectors.EVENT_READ, "listener")
             return
         try:
             address = (message["address"], message["port"])
