@@ -16,12 +16,25 @@ from dtune.checkpoint.layout import list_steps, step_name
 from dtune.checkpoint.manifest import find_damage, read_manifest
 from dtune.checkpoint.reader import CHECKPOINTS
 from dtune.errors import CheckpointError
-from tests.faults.injection import kill, kill_run, processes_of, workers_of
+from tests.faults.injection import kill, kill_run, workers_of
 
 KILLED = -int(signal.SIGKILL)
 STOPPED = 75
 BALLAST = "ballast"
 _FULL_SECONDS = 20.0
+WATCH = (
+    "watch.on_hang=restart",
+    "watch.start=180",
+    "watch.first_step=60",
+    "watch.step=20",
+    "watch.step_factor=0",
+    "watch.save=60",
+    "watch.evaluation=60",
+)
+"""Settings by which a rank that hangs is found soon; longer than any pause of a busy machine."""
+_STEP_WAIT = 120.0
+# The longest time-out after a first step, and ten seconds to end all ranks.
+_HUNG_SECONDS = 60.0 + 10.0
 
 
 @dataclass
@@ -34,6 +47,10 @@ class Scene:
     chance: random.Random
     room: Path | None
     """A small file system that holds run_dir, to be filled; None: there is none."""
+    struck: float = 0.0
+    """When the fault came, if it had to wait for its moment."""
+    hung: int | None = None
+    """Rank that was stopped for good."""
 
 
 def whole_steps(run_dir: Path) -> list[int]:
@@ -99,6 +116,38 @@ def pause_rank(scene: Scene) -> set[int]:
     return set()
 
 
+def hang_rank(scene: Scene) -> set[int]:
+    """SIGSTOP one rank for good while the run steps; the watchers end it."""
+    if not _steps(scene):
+        return set()
+    workers = workers_of(scene.run_dir)
+    if not workers:
+        return set()
+    scene.hung = scene.chance.choice(sorted(workers))
+    pid = workers[scene.hung]
+    scene.struck = time.time()
+    kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + _HUNG_SECONDS
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > deadline:
+            # By nobody else, so that its exit code is one that was not allowed.
+            kill_run(scene.run_dir)
+        time.sleep(0.05)
+    return set()
+
+
+def _steps(scene: Scene) -> bool:
+    """Wait until the run has written a row; whether it has."""
+    rows = scene.run_dir / "metrics.jsonl"
+    before = rows.stat().st_size if rows.is_file() else 0
+    deadline = time.monotonic() + _STEP_WAIT
+    while scene.process.poll() is None and time.monotonic() < deadline:
+        if rows.is_file() and rows.stat().st_size > before:
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def flip_bit(scene: Scene) -> set[int]:
     """Kill the tree and flip one bit of the newest checkpoint, where an older one is whole."""
     kill_run(scene.run_dir)
@@ -150,6 +199,7 @@ KINDS: dict[str, Callable[[Scene], set[int]]] = {
     "SIGUSR1 to the launcher": preempt_usr1,
     "SIGTERM to the launcher": preempt_term,
     "a rank stopped for seconds": pause_rank,
+    "a rank stopped for good": hang_rank,
     "a flipped bit in the newest checkpoint": flip_bit,
     "half a line of metrics": tear_metrics,
     "a full disk": fill_disk,
@@ -158,20 +208,8 @@ KINDS: dict[str, Callable[[Scene], set[int]]] = {
 NEEDS_ROOM = frozenset({"a full disk"})
 
 
-def descriptors(run_dir: Path) -> dict[str, int]:
-    """Open files of the agent and of each rank."""
-    workers = {pid: f"rank {rank}" for rank, pid in workers_of(run_dir).items()}
-    counts = {}
-    for pid, arguments in processes_of(run_dir).items():
-        name = "agent" if "dtune_launch.agent" in arguments else workers.get(pid)
-        if name is not None:
-            with contextlib.suppress(OSError):
-                counts[name] = len(os.listdir(f"/proc/{pid}/fd"))
-    return counts
-
-
 def marked(variable: str) -> list[int]:
-    """Processes that have a variable in their environment, whatever they are."""
+    """Other processes that have a variable in their environment, whatever they are."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -18,9 +18,12 @@ from tests.faults.injection import (
     start_train,
     state_digest,
 )
-from tests.soak.chaos import KINDS, Scene, descriptors, marked, whole_steps
+from tests.soak.chaos import KINDS, WATCH, Scene, marked, whole_steps
+from tests.soak.leaks import OpenFiles, count_open
 
 RESTARTS = 100_000
+ORPHAN_SECONDS = 10.0
+"""Until all processes of a run that has ended must be gone."""
 _GOES_ON = re.compile(rb"going on from \S*step-(\d+)")
 _STEP = re.compile(rb"^step +\d+/", re.MULTILINE)
 
@@ -50,6 +53,7 @@ class Course:
             "evaluate.before=false",
             "optim.lr=3e-3",
             "log.progress=lines",
+            *WATCH,
             *self.overrides,
         ]
 
@@ -78,23 +82,27 @@ class Endured:
     checkpoints_lost: int = 0
     problems: list[str] = field(default_factory=list)
     descriptors: dict[str, list[int]] = field(default_factory=dict)
-    """Least and most open files of each process that lived through a step."""
+    """Least and most open files of the agent and of each rank while they step."""
 
 
 def run_whole(course: Course, folder: Path, limit: float) -> Whole:
     """Run the course without any fault."""
     run_dir, log = folder / "whole", folder / "whole.log"
-    started, first = time.monotonic(), 0.0
+    started, first, read, files = time.monotonic(), 0.0, 0, OpenFiles()
     process = start_train(course.settings(run_dir), log)
     try:
         while process.poll() is None:
-            if not first and _STEP.search(log.read_bytes()):
-                first = time.monotonic() - started
+            said = log.read_bytes()
+            if _STEP.search(said, read):
+                first = first or time.monotonic() - started
+                files.note(count_open(run_dir))
+                read = said.rfind(b"\n") + 1
             assert time.monotonic() - started < limit, log.read_text()
             time.sleep(0.05)
     finally:
         kill_run(run_dir)
     assert process.returncode == 0, log.read_text()
+    assert files.leaks() == []
     rows = numbers(run_dir)
     seconds = time.monotonic() - started
     return Whole(state_digest(run_dir), exported(run_dir), rows, seconds, first)
@@ -117,6 +125,7 @@ class Endurance:
         self._open_fault: dict[str, Any] | None = None
         self._allowed: set[int] = set()
         self._went_on = False
+        self._files = OpenFiles()
 
     def run(self, faults: Iterator[tuple[float, str]], limit: float) -> Endured:
         """``faults``: seconds from the one before (or from a start) and kind, one after another."""
@@ -130,6 +139,7 @@ class Endurance:
         finally:
             kill_run(self.run_dir)
         self.result.seconds = time.monotonic() - started
+        self.result.descriptors = self._files.span()
         if not self.result.problems:
             self._check_end()
         return self.result
@@ -163,7 +173,13 @@ class Endurance:
         fact = {"kind": kind, "seconds": None, "step": self._floor, "time": time.time()}
         self.result.faults.append(fact)
         self._open_fault, self._went_on = fact, False
+        said = self.log.stat().st_size
+        scene.struck, scene.hung = 0.0, None
         self._allowed |= KINDS[kind](scene)
+        fact["time"] = scene.struck or fact["time"]
+        if scene.hung is not None:
+            fact["ended"] = time.time() - scene.struck
+            self._check_named(scene.hung, self.log.read_bytes()[said:])
         if kind == "a flipped bit in the newest checkpoint":
             steps = whole_steps(self.run_dir)
             self._floor = steps[-1] if steps else -1
@@ -190,9 +206,12 @@ class Endurance:
             if self._open_fault is not None and self._open_fault["seconds"] is None:
                 self._open_fault["seconds"] = time.time() - self._open_fault["time"]
             self._open_fault = None
-            for name, count in descriptors(self.run_dir).items():
-                low, high = self.result.descriptors.get(name, [count, count])
-                self.result.descriptors[name] = [min(low, count), max(high, count)]
+            self._files.note(count_open(self.run_dir))
+
+    def _check_named(self, rank: int, said: bytes) -> None:
+        """Whether a rank that was stopped for good is the one that is blamed."""
+        if not re.search(rb"hung: .*\brank %d\b[^;]* hangs .*stopped by a signal" % rank, said):
+            self.result.problems.append(f"rank {rank} hung and was not named")
 
     def _check_code(self, code: int) -> None:
         if code != 0 and code not in self._allowed:
@@ -202,7 +221,8 @@ class Endurance:
     def _check_end(self) -> None:
         """Whether it is the run that was left alone, and nothing else is left of it."""
         problems = self.result.problems
-        deadline = time.monotonic() + 10
+        problems += self._files.leaks()
+        deadline = time.monotonic() + ORPHAN_SECONDS
         while (orphans := marked(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
         if orphans:
