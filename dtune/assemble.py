@@ -22,6 +22,7 @@ from dtune.models.load import load_tokenizer
 from dtune.optim.schedules import check_steps
 from dtune.resume import find_own_checkpoint, go_on
 from dtune.run_folder import keep_old
+from dtune.runtime.watch.join import collective_timeout
 from dtune.runtime.world import World
 from dtune.train.export import Exporter
 from dtune.train.participant import WithMethod
@@ -50,6 +51,8 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     weights = weights_of(built, seed=run.seed, start=start)
     engine = run.parallel.build(world, run.precision.name)
     prepare_engine(engine, built, run, weights, data.total_steps)
+    # Engines make groups of their own.
+    world.allow(collective_timeout(run.watch))
     participant = built.method if isinstance(built.method, TakesPartInSteps) else None
     progress, held = RunProgress(), Held()
     if checkpoint is not None:

@@ -28,12 +28,13 @@ from dtune.config.support import check_run
 from dtune.errors import CheckpointError, ConfigError, DivergedError, HungError
 from dtune.out_of_memory import advise, describe_shortage, is_out_of_memory
 from dtune.run_folder import is_restart, resume_of_attempt
+from dtune.runtime.clocks import warn_of_clocks
 from dtune.runtime.lock import STALE_SECONDS, holding
 from dtune.runtime.logs import log, log_to_file, start_logging
 from dtune.runtime.seed import seed_everything
 from dtune.runtime.status import FAILURES, State, Status, read_status, write_status
 from dtune.runtime.watch.client import Watch
-from dtune.runtime.watch.join import join_watchers
+from dtune.runtime.watch.join import collective_timeout, join_watchers
 from dtune.runtime.watch.schema import OnHang
 from dtune.runtime.world import World
 from dtune.train.finish import finish_run
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     stop.install(at_once=True, run_dir=run.run_dir)
     # Before ranks meet, which may hang as well.
     watch = Watch(run.watch, run.run_dir, int(os.environ.get("RANK", "0")))
-    return run_worker(run, World.start(), watch, stop)
+    return run_worker(run, World.start(collective_timeout(run.watch)), watch, stop)
 
 
 def run_worker(
@@ -71,6 +72,8 @@ def run_worker(
     with ExitStack() as stack:
         # Left open where a rank of several fails: its watcher sees to it that it ends, and soon.
         stack.callback(watch.close_if_done)
+        # Here for ranks that met before they knew the config.
+        world.allow(collective_timeout(run.watch))
         join_watchers(watch, world)
         if refusal := world.broadcast(enter_lock(run, world, stack)):
             # Nothing is written: the folder is another run's.
@@ -101,6 +104,7 @@ def _train(run: RunConfig, world: World, watch: Watch, stop: StopRequest) -> int
         return 0
     stop.install(at_once=True, run_dir=run.run_dir)
     with outcome:
+        warn_of_clocks(world)
         run = begin_attempt(run, world)
         check_run(run, world.size)
         seed_everything(run.seed, world.rank)

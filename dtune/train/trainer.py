@@ -16,7 +16,7 @@ from dtune.checkpoint.manifest import Identity
 from dtune.checkpoint.schema import Best
 from dtune.checkpoint.writer import Checkpointer, SaveFailure
 from dtune.data.loader import Loader, prefetch
-from dtune.errors import DivergedError
+from dtune.errors import CheckpointError, DivergedError
 from dtune.evaluate.mode import AsksToStop, EvaluationStopped
 from dtune.measure.memory import peak_memory_gib
 from dtune.measure.throughput import Meter
@@ -25,6 +25,7 @@ from dtune.runtime.schema import Precision
 from dtune.runtime.signals import StopRequest
 from dtune.runtime.status import State
 from dtune.runtime.watch.heartbeat import Place, Section, at, begin_step, end_step, enter, section
+from dtune.runtime.watch.join import meet_ranks
 from dtune.runtime.watch.schema import WatchConfig
 from dtune.runtime.world import World
 from dtune.train.divergence import (
@@ -43,6 +44,7 @@ from dtune.train.progress import RunProgress
 from dtune.train.rollback import roll_back
 from dtune.train.saving import settle_save
 from dtune.train.schema import TrainConfig
+from dtune.train.sinks.background import CLOSE_SECONDS, FAILED_SECONDS, HURRY_SECONDS
 from dtune.train.sinks.base import Row, Sink
 from dtune.train.sinks.build import close_sinks
 from dtune.train.speed import Speed
@@ -120,14 +122,28 @@ class Trainer:
         not finite, CheckpointError where a checkpoint cannot be written.
         """
         self.stop.install()
+        state: State | None = None
         try:
-            return self._fit(evaluate_before=evaluate_before)
+            state = self._fit(evaluate_before=evaluate_before)
         except DivergedError:
             # Every rank raises it. What is being written was taken before, and is to be whole.
             self.checkpointer.wait()
             raise
         finally:
-            close_sinks(self.sinks, in_a_hurry=self.stop.is_set)
+            self._close_sinks(failed=state is None)
+        return state
+
+    def _close_sinks(self, *, failed: bool) -> None:
+        if not failed:
+            close_sinks(self.sinks, seconds=HURRY_SECONDS if self.stop.is_set else CLOSE_SECONDS)
+            return
+        # The other ranks are told of the failure only then.
+        seconds = FAILED_SECONDS if self.world.size > 1 else HURRY_SECONDS
+        try:
+            close_sinks(self.sinks, seconds=seconds)
+        except CheckpointError as error:
+            # What is raised already is why the run ends.
+            log.error("%s", error)
 
     def _fit(self, *, evaluate_before: bool) -> State:
         if self.progress.step or self.saved_step == 0:
@@ -192,7 +208,7 @@ class Trainer:
             if self._has_stalled():
                 break
             if self._is_due(step, self.watch.check_every):
-                self.world.meet(self.watch.step)
+                meet_ranks(self.world, self.watch)
             self._wait_for_batches()
         self._flush()
         return State.done

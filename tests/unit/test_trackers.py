@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from dtune.errors import CheckpointError
 from dtune.runtime.schema import LogConfig, WandbMode
+from dtune.runtime.status import State
 from dtune.runtime.world import World
 from dtune.train.sinks import background
 from dtune.train.sinks.background import BackgroundSink
@@ -20,6 +22,8 @@ from dtune.train.sinks.base import Row
 from dtune.train.sinks.build import build_sinks, close_sinks, report_trackers
 from dtune.train.sinks.jsonl import read_metrics
 from dtune.train.sinks.trackers import WandbSink
+from dtune.train.trainer import Trainer
+from tests.integration.train_runs import assembled, settings
 
 ROWS: list[Row] = [{"kind": "train", "step": step, "loss": 1.0 / step} for step in range(1, 9)]
 
@@ -123,11 +127,42 @@ def test_tensorboard_without_a_folder_to_write_to_costs_no_row_of_metrics(
     for given in ROWS:
         for sink in sinks:
             sink.write({**given, **row})
-    close_sinks(sinks, in_a_hurry=False)
+    close_sinks(sinks, seconds=60.0)
     (report,) = report_trackers(sinks)
     assert report.dropped == len(ROWS)
     assert "FileExistsError" in report.error or "NotADirectoryError" in report.error
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_run_that_fails_waits_a_moment_for_a_tracker_that_hangs_and_says_why_it_failed(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Trainer, *, evaluate_before: bool) -> State:
+        raise MemoryError("a fault of the test")
+
+    class Full:
+        """Rows that a full disk did not take."""
+
+        def write(self, row: Row) -> None:
+            """Nothing is taken."""
+
+        def close(self) -> None:
+            raise CheckpointError("metrics.jsonl: no space (ENOSPC)")
+
+    monkeypatch.setattr(Trainer, "_fit", fails)
+    go_on = threading.Event()
+    hangs = taken_by(Tracker(waits=go_on))
+    with assembled(settings(tmp_path / "run", "train.max_steps=1"), world) as it:
+        # Others wait to be told.
+        it.trainer.world = replace(world, size=2)
+        it.trainer.sinks = [Full(), hangs]
+        began = time.monotonic()
+        with pytest.raises(MemoryError, match="a fault of the test"):
+            it.trainer.fit(evaluate_before=False)
+        took = time.monotonic() - began
+    go_on.set()
+    assert "it did not end within 1 s" in hangs.report().error
+    assert took < 30
 
 
 @pytest.mark.slow

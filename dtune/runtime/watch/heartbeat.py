@@ -248,6 +248,11 @@ def end_step(own_seconds: float, step_seconds: float) -> None:
     heartbeat.at(Place.end)
 
 
+def longest_gap() -> float:
+    """Longest silence in seconds of this process in its steps; 0 where nobody watches."""
+    return 0.0 if _Current.heartbeat is None else _Current.heartbeat.read().longest_gap
+
+
 def current_micro() -> int:
     """Micro batch that this process is in, counted from 0; 0 where nobody watches."""
     return 0 if _Current.heartbeat is None else _Current.heartbeat.micro

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,7 +12,36 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from dtune.runtime.watch.client import Watch
-from dtune.runtime.world import World
+from dtune.runtime.watch.heartbeat import longest_gap
+from dtune.runtime.watch.schema import WatchConfig
+from dtune.runtime.world import HOST_TIMEOUT, World
+
+UNWATCHED = timedelta(hours=1)
+"""What a collective call may take where no time-out of steps is set."""
+
+
+def collective_timeout(config: WatchConfig) -> timedelta:
+    """How long a collective call may wait: the watchers decide long before.
+
+    torch's own time-outs, 10 and 30 minutes, would end ranks that wait for one that compiles, and
+    name the wrong one. Without ``watch.step`` nobody else ends a run that hangs.
+    """
+    sections = (config.start, config.first_step, config.step, config.save, config.evaluation)
+    longest = timedelta(seconds=2 * max(sections))
+    return max(longest, HOST_TIMEOUT if config.step else UNWATCHED)
+
+
+WATCHERS_FIRST = 15.0
+"""Seconds beyond a time-out in which watchers, who say more, decide first."""
+
+
+def meet_ranks(world: World, config: WatchConfig) -> None:
+    """Have all ranks meet within the time-out of a step; HungError names who does not come.
+
+    It also finds a rank that is alive, gives signs of life and does not come. Collective.
+    """
+    limit = max(config.step, config.step_factor * longest_gap())
+    world.meet(limit + WATCHERS_FIRST if config.step else 0.0)
 
 
 def join_watchers(watch: Watch, world: World) -> None:

@@ -21,6 +21,9 @@ CLOSE_SECONDS = 60.0
 HURRY_SECONDS = 5.0
 """The same for a run that was stopped by a signal: the scheduler waits for less."""
 
+FAILED_SECONDS = 1.0
+"""The same for a run of several ranks that fails: the others are told afterwards."""
+
 MAX_FAILURES = 3
 """Rows in a row that a tracker may fail to take before it is given up."""
 

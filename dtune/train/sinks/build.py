@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from dtune.runtime.capabilities import require
 from dtune.runtime.schema import LogConfig
 from dtune.runtime.world import World
-from dtune.train.sinks.background import HURRY_SECONDS, BackgroundSink, TrackerReport
+from dtune.train.sinks.background import BackgroundSink, TrackerReport
 from dtune.train.sinks.base import Sink
 from dtune.train.sinks.jsonl import JsonlSink
 from dtune.train.sinks.progress import BarSink, LineSink, wants_bar
@@ -57,12 +58,17 @@ def build_sinks(
     return sinks
 
 
-def close_sinks(sinks: Sequence[Sink], *, in_a_hurry: bool) -> None:
-    """Close all of them; a tracker gets less time where a scheduler waits for the run to end."""
-    for sink in sinks:
-        if isinstance(sink, BackgroundSink) and in_a_hurry:
-            sink.close_seconds = HURRY_SECONDS
-        sink.close()
+def close_sinks(sinks: Sequence[Sink], *, seconds: float) -> None:
+    """Close all of them, and wait for each tracker so many seconds at most.
+
+    CheckpointError where rows of metrics.jsonl could not be written.
+    """
+    with ExitStack() as stack:
+        # In their order, and all of them where one raises.
+        for sink in reversed(sinks):
+            if isinstance(sink, BackgroundSink):
+                sink.close_seconds = seconds
+            stack.callback(sink.close)
 
 
 def report_trackers(sinks: Sequence[Sink]) -> list[TrackerReport]:
