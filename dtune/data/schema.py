@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -16,6 +17,27 @@ class Format(Enum):
     sharegpt = "sharegpt"
     prompt_completion = "prompt_completion"
     text = "text"
+
+
+REQUIRED = {
+    Format.alpaca: ("instruction", "output"),
+    Format.messages: ("messages",),
+    Format.sharegpt: ("conversations",),
+    Format.prompt_completion: ("prompt", "completion"),
+    Format.text: ("text",),
+}
+"""Columns that a row must have, by format."""
+
+OPTIONAL = {
+    Format.alpaca: ("input", "system"),
+    Format.messages: (),
+    Format.sharegpt: ("system",),
+    Format.prompt_completion: ("system",),
+    Format.text: (),
+}
+
+TASK = "task"
+"""Column that groups rows in the report of an evaluation, where there is one."""
 
 
 class OnBadRow(Enum):
@@ -70,9 +92,22 @@ class DataConfig:
     cache_dir: str = "${oc.env:DTUNE_CACHE,'~/.cache/dtune'}"
 
     def __post_init__(self) -> None:
+        self._check_columns()
         if self.max_length < 2:
             raise ConfigError(f"data.max_length={self.max_length} must be at least 2")
         if not 0.0 <= self.max_bad_share <= 1.0:
             raise ConfigError(f"data.max_bad_share={self.max_bad_share} must be in [0, 1]")
         if self.max_rows < 0:
             raise ConfigError(f"data.max_rows={self.max_rows} must be 0 (all rows) or more")
+
+    def _check_columns(self) -> None:
+        """ConfigError where a column is renamed that the format does not have."""
+        known = [*REQUIRED[self.format], *OPTIONAL[self.format], TASK]
+        for name in self.columns:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"data.columns renames {name!r}, which data.format={self.format.value} does "
+                    f"not have; it has {', '.join(known)}{hint}"
+                )

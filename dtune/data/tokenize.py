@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dtune.data.dataset import DatasetWriter, TokenDataset, load_dataset_folder
-from dtune.data.formats import MissingColumn, check_columns, guess_formats, parse_row
+from dtune.data.formats import MissingColumn, guess_formats, parse_row
 from dtune.data.readers import RawRow
 from dtune.data.report import EXAMPLES, DataReport, Dropped
 from dtune.data.schema import DataConfig, OnBadRow, OnLongRow
@@ -50,9 +50,8 @@ class Part:
         """Find the rows.
 
         Raises:
-            ConfigError: There are none, or data.columns renames what the format does not have.
+            ConfigError: There are none.
         """
-        check_columns(self.config.format, self.config.columns)
         return open_source(self.path, split=self.split, key=self.key)
 
     def parse(self, source: Source) -> Iterator[tuple[RawRow, Row | DataError]]:
