@@ -3,6 +3,12 @@ set -eo pipefail
 
 say() { echo "dtune: $*"; }
 
+# Would end this shell: kept until there are ranks to tell.
+pending=()
+trap 'pending+=(USR1)' USR1
+trap 'pending+=(USR2)' USR2
+trap 'pending+=(TERM)' TERM
+
 # The last element of a job array has the id of the whole array: with SLURM_JOB_ID alone, requeue
 # and scancel would hit every element.
 self=$SLURM_JOB_ID
@@ -14,12 +20,34 @@ restart=${SLURM_RESTART_COUNT:-0}
 @SETTINGS@
 set -u
 
+# Nothing is written where another job works in this folder, or waits to.
+other=
+if [[ -f $run_dir/job.json ]]; then
+  other=$(sed -n 's/.*"job_id": "\([^"]*\)".*/\1/p' "$run_dir/job.json" | head -n 1)
+fi
+if [[ -n $other && $other != "$self" ]]; then
+  now=$(squeue --noheader --states=all --format=%T --jobs="$other" 2>/dev/null || true)
+  case $now in
+    PENDING* | RUNNING* | CONFIGURING* | COMPLETING* | REQUEUE* | SUSPENDED* | STOPPED*)
+      say "run_dir=$run_dir has a job already: $other is $now; end it by dtune cancel $run_dir," \
+        "or name another run_dir"
+      exit 2
+      ;;
+  esac
+fi
+
+# A file of the run folder, replaced as a whole: others read it at any time.
+replace() {
+  cat >"$run_dir/.tmp-$1-$self"
+  mv -f "$run_dir/.tmp-$1-$self" "$run_dir/$1"
+}
+
 logs=$run_dir/logs
 mkdir -p "$logs"
 # In place of what an earlier job left; the first rank writes its own once all ranks are there.
 starting='the ranks are starting'
-printf '{"state": "running", "message": "%s", "time": %s}\n' "$starting" "$(date +%s)" \
-  >"$run_dir/status.json"
+printf '{"state": "running", "message": "%s", "time": %s}\n' "$starting" "$(date +%s)" |
+  replace status.json
 
 step='' cancelled='' resender=''
 # Ranks that are starting do not hear it yet; to those that run, a second one says to hurry.
@@ -46,8 +74,8 @@ trap 'say "cancelled, saving and stopping"; cancelled=yes; save_and_stop' USR2
 trap 'say "TERM, saving and stopping"; cancelled=yes' TERM
 
 if ! grep -qs "\"job_id\": \"$self\"" "$run_dir/job.json"; then
-  printf '{"launcher": "slurm", "job_id": "%s", "time": %s}\n' "$self" "$(date +%s)" \
-    >"$run_dir/job.json"
+  printf '{"launcher": "slurm", "job_id": "%s", "time": %s}\n' "$self" "$(date +%s)" |
+    replace job.json
 fi
 
 # Node names need not resolve; NodeAddr is the address that Slurm itself uses. In the order of
@@ -92,6 +120,11 @@ exec "$@"'
 
 @LAUNCH@ &
 step=$!
+# The ranks are told as soon as they hear, also of TERM, which has not reached them.
+for name in "${pending[@]}"; do
+  kill -s "$name" $$
+  save_and_stop
+done
 code=0
 wait "$step" || code=$?
 while kill -0 "$step" 2>/dev/null; do  # A signal ended the wait, not srun.

@@ -13,6 +13,7 @@ import pytest
 from dtune_launch.schema.slurm import SlurmConfig
 from dtune_launch.slurm import render_script
 
+from tests.faults.injection import leftovers
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +33,16 @@ def interpreter(folder: Path) -> str:
     return str(path)
 
 
-def write_script(folder: Path, runs: dict[int, Path], *, is_array: bool = False) -> Path:
+def write_script(
+    folder: Path, runs: dict[int, Path], *, is_array: bool = False, setup: tuple[str, ...] = ()
+) -> Path:
     """The script that dtune renders for these runs, with stand-ins for ranks."""
     config = SlurmConfig(
-        nodes=1, gpus_per_node=1, max_requeues=MAX_REQUEUES, python=interpreter(folder)
+        nodes=1,
+        gpus_per_node=1,
+        max_requeues=MAX_REQUEUES,
+        python=interpreter(folder),
+        setup=list(setup),
     )
     logs = folder / "logs"
     logs.mkdir()
@@ -178,3 +185,52 @@ def test_ranks_meet_at_another_port_where_theirs_is_taken(cluster: Cluster, tmp_
         cluster.wait_until(command.is_file, "the ranks start", job=job)
     cluster.client("scancel", job)
     assert f"--rdzv-endpoint=127.0.0.1:{port + 1} " in command.read_text()
+
+
+def test_a_second_job_in_the_folder_of_one_that_runs_writes_nothing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    script = write_script(tmp_path, {0: run})
+    env = environment("until_told")
+    first = cluster.submit(str(script), cwd=tmp_path, env=env)
+    cluster.wait_until((run / "running").is_file, "the first one runs", job=first)
+    names = ("status.json", "job.json")
+    before = {name: ((run / name).stat().st_mtime_ns, (run / name).read_text()) for name in names}
+    second = cluster.submit(str(script), cwd=tmp_path, env=env)
+    requeues, code, said = ended(cluster, second)
+    assert (requeues, code) == (0, "2"), said
+    assert f"has a job already: {first} is RUNNING; end it by dtune cancel {run}, or name" in said
+    for name in names:
+        assert ((run / name).stat().st_mtime_ns, (run / name).read_text()) == before[name]
+    (tmp_path / "finish").touch()
+    cluster.wait_for(first, "COMPLETED")
+
+    # Once it is over the next one goes on; its files come in place of those before as a whole.
+    for name in names:
+        os.link(run / name, tmp_path / name)
+    left = {name: (tmp_path / name).read_text() for name in names}
+    third = cluster.submit(str(script), cwd=tmp_path, env=env)
+    cluster.wait_for(third, "COMPLETED")
+    assert json.loads((run / "job.json").read_text())["job_id"] == third
+    assert {name: (tmp_path / name).read_text() for name in names} == left
+    assert leftovers(run) == []
+
+
+@pytest.mark.parametrize(("name", "requeues"), [("USR1", 1), ("USR2", 0), ("TERM", 0)])
+def test_a_signal_that_comes_while_the_job_is_set_up_is_passed_on(
+    cluster: Cluster, tmp_path: Path, name: str, requeues: int
+) -> None:
+    run = tmp_path / "run"
+    ready = tmp_path / "ready"
+    # The first attempt is not set up before the signal has come.
+    until = "until [[ $restart != 0 || -n ${pending[*]} ]]; do sleep 0.1; done"
+    script = write_script(tmp_path, {0: run}, setup=(f"touch {ready}", until))
+    job = cluster.submit(str(script), cwd=tmp_path, env=environment("until_told"))
+    cluster.wait_until(ready.is_file, "it is set up", job=job)
+    cluster.client("scancel", "--batch", f"--signal={name}", job)
+    cluster.wait_until((run / "heard").is_file, "the ranks are told", job=job)
+    (tmp_path / "finish").touch()
+    restarted, code, said = ended(cluster, job)
+    assert (restarted, code) == (requeues, "0" if requeues else "75"), said
+    assert (run / "heard").read_text().splitlines()[0].endswith("['SIGUSR1']")
