@@ -34,6 +34,7 @@ from dtune.runtime.logs import log, log_to_file, start_logging
 from dtune.runtime.seed import seed_everything
 from dtune.runtime.status import FAILURES, State, Status, read_status, write_status
 from dtune.runtime.watch.client import Watch
+from dtune.runtime.watch.heartbeat import Place
 from dtune.runtime.watch.join import collective_timeout, join_watchers
 from dtune.runtime.watch.schema import OnHang
 from dtune.runtime.world import World
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     stop.install(at_once=True, run_dir=run.run_dir)
     # Before ranks meet, which may hang as well.
     watch = Watch(run.watch, run.run_dir, int(os.environ.get("RANK", "0")))
-    return run_worker(run, World.start(collective_timeout(run.watch)), watch, stop)
+    watch.heartbeat.at(Place.others)
+    world = World.start(collective_timeout(run.watch))
+    watch.heartbeat.at(Place.nowhere)
+    return run_worker(run, world, watch, stop)
 
 
 def run_worker(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.runtime.watch.judge import OTHERS_SECONDS
 from tests.faults.watched_rank import STEP_SECONDS
 
 LATEST = STEP_SECONDS + 10.0
@@ -26,9 +27,14 @@ CASES = {
     "kill": "kill,1,3",
     "fail": "fail,1,3",
     "none": "none,0,0",
+    "start": "start,1,0",
+    "evaluation": "evaluation,1,2",
+    "save": "save,1,2",
+    "slow": "slow,1,0",
 }
 GUILTY = {name: int(fault.split(",")[1]) for name, fault in CASES.items()}
-HUNG = [name for name in CASES if name not in ("kill", "fail", "none", "cured")]
+HUNG = [name for name in CASES if name not in ("kill", "fail", "none", "cured", "start", "slow")]
+SECTIONS = ("save", "evaluation")
 SAYS = {
     "stop": "stopped by a signal",
     "stop_first": "stopped by a signal",
@@ -36,6 +42,8 @@ SAYS = {
     "gil": "its lock is held",
     "batch": "waiting for its next batch",
     "unequal": "others are in step 4 already",
+    "evaluation": "hangs in evaluation after step 2",
+    "save": "hangs in save after step 2",
 }
 
 
@@ -54,8 +62,9 @@ class Ended:
 
 def last_call(run_dir: Path) -> float:
     # A rank that was stopped goes on for the moment in which it shows its stacks.
-    at = 4 if run_dir.name in ("unequal", "none", "cured") else 2
-    return max(path.stat().st_mtime for path in run_dir.glob(f"call-*-{at}"))
+    at = 4 if run_dir.name in ("unequal", "none", "cured", "slow") else 2
+    before = "started-*" if run_dir.name == "start" else f"call-*-{at}"
+    return max(path.stat().st_mtime for path in run_dir.glob(before))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +114,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
 def test_a_rank_that_hangs_is_named_in_time(ended: dict[str, Ended], name: str) -> None:
     it = ended[name]
     assert (it.status.state, it.status.rank) == (State.hung, GUILTY[name]), it.status
-    assert it.status.section == ("save" if name == "unequal" else "step")
+    assert it.status.section == {"unequal": "save"}.get(name, name if name in SECTIONS else "step")
     assert SAYS[name] in it.status.message
     assert it.status.message in it.said
     assert it.status.time - it.last_call < LATEST
@@ -130,6 +139,29 @@ def test_stacks_of_all_ranks_say_where_they_are(ended: dict[str, Ended], name: s
     where = {"batch": "wait_for_a_batch", "unequal": "wait_for"}.get(name, "watched_rank.py")
     assert where in stacks[GUILTY[name]]
     assert "wait_for" in stacks[1 - GUILTY[name]]
+
+
+def test_a_rank_that_hangs_before_all_have_met_is_named_by_its_own_watcher(
+    ended: dict[str, Ended],
+) -> None:
+    it = ended["start"]
+    assert (it.status.state, it.status.rank, it.status.section) == (State.hung, 1, "start")
+    assert "(watch.start)" in it.status.message
+    assert "in sleep_for_ever" in it.status.message
+    assert "The ranks of the run had not met yet" in it.status.message
+    # The other one has waited for it, and ends as well.
+    assert "rank 0 in the start, waiting for the other ranks to come" in it.said
+    assert it.codes == [1, 1]
+    assert it.all_ended - it.last_call < LATEST + OTHERS_SECONDS + 10
+
+
+def test_a_slow_rank_is_reported_and_goes_on(ended: dict[str, Ended]) -> None:
+    it = ended["slow"]
+    assert (it.codes, it.status.state) == ([0, 0], State.running)
+    log = (it.run_dir / "logs" / "watch.log").read_text()
+    assert log.count("is slow") == 1
+    assert "dtune: rank 1 (" in log
+    assert "times as long as the middle rank" in log
 
 
 def test_a_rank_that_is_killed_ends_the_others_at_once(ended: dict[str, Ended]) -> None:

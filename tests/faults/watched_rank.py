@@ -21,7 +21,10 @@ from dtune.runtime.watch.heartbeat import Place, Section
 from dtune.runtime.watch.schema import WatchConfig
 
 STEPS = 6
+SLOW_STEPS = 20
 STEP_SECONDS = 6.0
+OTHER_SECONDS = 5.0
+"""Time-out of saves and evaluations, and of the start where a rank hangs there."""
 
 
 def stop_by_signal() -> None:
@@ -65,11 +68,31 @@ class Rank:
 
     def __init__(self, run_dir: Path, rank: int, size: int, fault: str) -> None:
         self.run_dir, self.rank, self.size = run_dir, rank, size
-        kind, guilty, at = fault.split(",")
-        self.fault, self.at = (kind if rank == int(guilty) else "none"), int(at)
-        config = WatchConfig(step=STEP_SECONDS, first_step=30, save=5, step_factor=0, silent=10)
+        self.kind, guilty, at = fault.split(",")
+        self.is_guilty, self.at = rank == int(guilty), int(at)
+        self.fault = self.kind if self.is_guilty else "none"
+        config = WatchConfig(
+            start=OTHER_SECONDS if self.kind == "start" else 60,
+            first_step=30,
+            step=STEP_SECONDS,
+            save=OTHER_SECONDS,
+            evaluation=OTHER_SECONDS,
+            step_factor=0,
+            silent=10,
+        )
         self.watch = Watch(config, str(run_dir), rank)
         self.calls = 0
+
+    def come(self) -> None:
+        """Wait until all processes are there."""
+        (self.run_dir / f"started-{self.rank}").touch()
+        if self.fault == "start":
+            sleep_for_ever()
+        (self.run_dir / f"here-{self.rank}").touch()
+        self.watch.heartbeat.at(Place.others)
+        for other in range(self.size):
+            self.wait_for(self.run_dir / f"here-{other}")
+        self.watch.heartbeat.at(Place.nowhere)
 
     def join(self) -> None:
         path = self.run_dir / "port"
@@ -111,11 +134,21 @@ class Rank:
         heartbeat.end_step(own, time.perf_counter() - started)
         heartbeat.at(Place.batch)
 
+    def between_steps(self, kind: str) -> None:
+        """A save or an evaluation, in which ranks meet as well."""
+        with heartbeat.section(Section[kind]):
+            if self.is_guilty:
+                sleep_for_ever()
+            self.meet_all()
+
     def train(self) -> None:
-        steps = self.at if self.fault == "unequal" else STEPS
+        steps = SLOW_STEPS if self.kind == "slow" else STEPS
+        steps = self.at if self.fault == "unequal" else steps
         heartbeat.enter(Section.first_step)
         for step in range(1, steps + 1):
             self.step(step)
+            if self.kind in ("save", "evaluation") and step == self.at:
+                self.between_steps(self.kind)
         heartbeat.enter(Section.save)
         # What ranks say to each other at the end goes over another group.
         (self.run_dir / f"end-{self.rank}").touch()
@@ -126,6 +159,7 @@ class Rank:
 def main() -> None:
     run_dir, size, rank, fault = sys.argv[1:]
     it = Rank(Path(run_dir), int(rank), int(size), fault)
+    it.come()
     it.join()
     it.train()
     it.watch.close()

@@ -8,7 +8,7 @@ import pytest
 
 from dtune.errors import ConfigError
 from dtune.runtime.watch.heartbeat import Heartbeat, Place, Section, Signs
-from dtune.runtime.watch.judge import Limits, Report, find_slow, judge
+from dtune.runtime.watch.judge import OTHERS_SECONDS, Limits, Report, find_slow, judge
 from dtune.runtime.watch.schema import WatchConfig
 
 LIMITS = Limits(start=100, first_step=50, step=10, save=30, evaluation=40, step_factor=0)
@@ -85,6 +85,16 @@ def test_where_all_wait_alike_no_rank_is_named() -> None:
     assert verdict is not None
     assert verdict.guilty == ()
     assert "all ranks wait at the same place" in verdict.message
+
+
+def test_a_rank_that_waits_for_others_to_come_is_judged_after_them_and_not_to_blame() -> None:
+    waits = replace(QUIET, section=Section.start, place=Place.others, age=LIMITS.start + 1)
+    assert judge(ranks(waits), LIMITS) is None
+    assert judge(ranks(replace(waits, place=Place.nowhere)), LIMITS) is not None
+    verdict = judge(ranks(replace(waits, age=LIMITS.start + OTHERS_SECONDS + 1)), LIMITS)
+    assert verdict is not None
+    assert verdict.guilty == ()
+    assert "rank 0 in the start, waiting for the other ranks to come" in verdict.message
 
 
 def test_ranks_that_made_different_calls_are_told_by_the_step_and_not_by_chance() -> None:

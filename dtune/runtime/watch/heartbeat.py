@@ -43,6 +43,8 @@ class Place(IntEnum):
     backward = 3
     update = 4
     end = 5
+    others = 6
+    """Not met yet."""
 
 
 _PLACES = {
@@ -52,6 +54,7 @@ _PLACES = {
     Place.backward: "backward pass",
     Place.update: "clipping and update",
     Place.end: "end of the step",
+    Place.others: "waiting for the other ranks to come",
 }
 
 
@@ -98,7 +101,7 @@ class Signs:
     def where(self) -> str:
         """For people: section, step and place."""
         if self.section is Section.start:
-            return "the start"
+            return "the start" + (f", {_PLACES[self.place]}" if self.place else "")
         if self.section in (Section.save, Section.evaluation):
             return f"{self.section.shown} after step {self.step}"
         place = _PLACES[self.place]

@@ -10,6 +10,8 @@ from dtune.runtime.watch.heartbeat import Place, Section, Signs
 
 # A thread of a rank ticks twice a second, unless the process is stopped or Python is locked.
 STALE_TICK_SECONDS = 5.0
+# What a rank that waits for others to come has beyond its time-out: those speak first.
+OTHERS_SECONDS = 5.0
 _STATES = {
     "T": "it is stopped by a signal",
     "t": "it is stopped by a debugger",
@@ -35,6 +37,8 @@ class Limits:
         given = float(vars(self)[signs.section.name])
         if signs.section is Section.step and given:
             given = max(given, self.step_factor * signs.longest_gap)
+        if signs.place is Place.others and given:
+            given += OTHERS_SECONDS
         return given or float("inf")
 
 
@@ -136,6 +140,8 @@ def find_guilty(reports: Sequence[Report]) -> tuple[list[Report], str]:
     """
     if ailing := [report for report in reports if _ailment(report)]:
         return ailing, ""
+    if len(reports) == 1 and reports[0].signs.place is Place.others:
+        return [], "a rank of the run has not come"
     if len(reports) == 1:
         return list(reports), "it is the only rank"
     first = min(report.signs.step for report in reports)

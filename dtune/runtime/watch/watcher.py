@@ -302,6 +302,7 @@ class Watcher:
     def _log(self, line: str) -> None:
         path = Path(self.orders.run_dir) / "logs" / "watch.log"
         try:
+            path.parent.mkdir(exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
         except OSError:
