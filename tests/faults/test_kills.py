@@ -36,7 +36,7 @@ STEPS, EVERY = 40, 2
 # kill -9 five times: of a rank so often, and once of the whole tree.
 WAYS = (*KINDS, *("kill",) * 3)
 SEED = 20261121
-LIMIT = 420
+LIMIT = 700
 
 
 def overrides(run_dir: Path, *more: str) -> list[str]:

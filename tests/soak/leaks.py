@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.faults.injection import processes_of, workers_of
 
-GROWTH = 8
+GROWTH = 4
 """Open files by which a process may have more in the last third of its life than in the first."""
 _LEAST_LOOKS = 6
 
