@@ -196,13 +196,19 @@ def test_a_second_job_in_the_folder_of_one_that_runs_writes_nothing(
     first = cluster.submit(str(script), cwd=tmp_path, env=env)
     cluster.wait_until((run / "running").is_file, "the first one runs", job=first)
     names = ("status.json", "job.json")
-    before = {name: ((run / name).stat().st_mtime_ns, (run / name).read_text()) for name in names}
+
+    def files() -> dict[str, tuple[int, str]]:
+        return {name: ((run / name).stat().st_mtime_ns, (run / name).read_text()) for name in names}
+
+    before = files()
     second = cluster.submit(str(script), cwd=tmp_path, env=env)
+    cluster.wait_until(
+        lambda: files() != before or cluster.state(second) == "FAILED", "it is refused", job=second
+    )
+    assert files() == before
     requeues, code, said = ended(cluster, second)
     assert (requeues, code) == (0, "2"), said
     assert f"has a job already: {first} is RUNNING; end it by dtune cancel {run}, or name" in said
-    for name in names:
-        assert ((run / name).stat().st_mtime_ns, (run / name).read_text()) == before[name]
     (tmp_path / "finish").touch()
     cluster.wait_for(first, "COMPLETED")
 
@@ -229,8 +235,12 @@ def test_a_signal_that_comes_while_the_job_is_set_up_is_passed_on(
     job = cluster.submit(str(script), cwd=tmp_path, env=environment("until_told"))
     cluster.wait_until(ready.is_file, "it is set up", job=job)
     cluster.client("scancel", "--batch", f"--signal={name}", job)
-    cluster.wait_until((run / "heard").is_file, "the ranks are told", job=job)
+    heard = run / "heard"
+    cluster.wait_until(
+        lambda: heard.is_file() or cluster.state(job) == "FAILED", "ranks are told", job=job
+    )
+    assert heard.is_file()
     (tmp_path / "finish").touch()
     restarted, code, said = ended(cluster, job)
     assert (restarted, code) == (requeues, "0" if requeues else "75"), said
-    assert (run / "heard").read_text().splitlines()[0].endswith("['SIGUSR1']")
+    assert heard.read_text().splitlines()[0].endswith("['SIGUSR1']")
