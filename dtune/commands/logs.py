@@ -37,7 +37,7 @@ def _show(folder: Path, rank: int | None, *, of_job: bool, follow: bool) -> int:
         raise ConfigError(_absent(folder, rank, of_job))
     if path is None:
         sys.stderr.write("waiting for the run to start\n")
-    shown, asked = 0, time.monotonic()
+    shown, asked, said = 0, time.monotonic(), _said(folder)
     while True:
         path = path or _find(folder, rank, of_job)
         if path is not None:
@@ -45,9 +45,16 @@ def _show(folder: Path, rank: int | None, *, of_job: bool, follow: bool) -> int:
         if not (follow and alive):
             return 0
         time.sleep(_POLL_SECONDS)
-        if time.monotonic() - asked > _ASK_SECONDS or (folder / "status.json").is_file():
+        if time.monotonic() - asked > _ASK_SECONDS or _said(folder) != said:
+            said = _said(folder)
             # What was written before it ended is printed once more around.
             alive, asked = read_standing(folder).is_alive, time.monotonic()
+
+
+def _said(folder: Path) -> bytes:
+    """What status.json says now; empty where it is not there."""
+    path = folder / "status.json"
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _print_from(path: Path, start: int) -> int:

@@ -15,7 +15,7 @@ from dtune_launch.slurm_queries import ALIVE, job_state
 
 from dtune.errors import ConfigError
 from dtune.runtime.lock import LOCK, STALE_SECONDS
-from dtune.runtime.processes import Holder, is_alive, this_machine
+from dtune.runtime.processes import Holder, is_alive, job_is_over, this_machine
 from dtune.runtime.status import State, Status, read_status
 
 # Enough for many rows, and little for a file of gigabytes.
@@ -92,7 +92,7 @@ def _by_number(folder: Path) -> list[Path]:
 
 def read_standing(folder: Path) -> Standing:
     """How a run stands by its files, its processes on this machine, and Slurm."""
-    status = read_status(folder) if (folder / "status.json").is_file() else None
+    status = _status(folder)
     job = read_record(folder)
     working = status is None or status.state is State.running
     of_job = job_state(job.job_id) if job and working else ""
@@ -100,7 +100,7 @@ def read_standing(folder: Path) -> Standing:
     state = status.state.value if status and not working else ""
     return Standing(
         folder=folder,
-        state=state or _of_running(folder, status, job, of_job, holders),
+        state=state or _of_running(folder, status, of_job, holders),
         status=status or Status(State.running),
         job=job,
         job_state=of_job,
@@ -108,24 +108,33 @@ def read_standing(folder: Path) -> Standing:
     )
 
 
+def _status(folder: Path) -> Status | None:
+    """What status.json says; where it is damaged, running, with a message. None without one."""
+    try:
+        return read_status(folder)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{folder / 'status.json'} cannot be read: {error}"
+        return Status(State.running, rank=-1, message=message)
+
+
 def _of_running(
     folder: Path,
     status: Status | None,
-    job: JobRecord | None,
     of_job: str,
     holders: tuple[Holder, ...],
 ) -> str:
     """What a run is whose status.json says that it runs, or is not there yet."""
-    if job is not None and of_job:
-        if of_job.startswith("RUNNING"):
-            return "running"
-        return "waiting" if of_job.startswith(ALIVE) else "killed"
-    if holders:
-        if any(holder.machine == this_machine() for holder in holders):
-            return "running"
+    if of_job.startswith(ALIVE):
+        return "running" if of_job.startswith("RUNNING") else "waiting"
+    # Not by a job that is over: the folder may have been gone on with elsewhere since.
+    if any(holder.machine == this_machine() for holder in holders):
+        return "running"
+    if any(not job_is_over(holder.job) for holder in holders):
         beat = time.time() - (folder / LOCK).stat().st_mtime
         return "running" if beat < STALE_SECONDS else "silent"
-    return "not started" if status is None else "killed"
+    return "not started" if status is None and not of_job else "killed"
 
 
 def read_holders(folder: Path) -> tuple[Holder, ...]:

@@ -32,7 +32,8 @@ def _page(it: Standing) -> str:
     rows = last_rows(it.folder)
     lines = [("run", str(it.folder)), ("state", _state(it))]
     if it.status.message:
-        lines.append(("message", f"rank {it.status.rank}: {it.status.message}"))
+        of_rank = f"rank {it.status.rank}: " if it.status.rank >= 0 else ""
+        lines.append(("message", f"{of_rank}{it.status.message}"))
     if it.job is not None:
         lines.append(("job", f"{it.job.job_id} {it.job_state}".rstrip()))
     lines += [("process", holder.describe()) for holder in it.holders]

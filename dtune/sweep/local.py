@@ -17,9 +17,9 @@ from dtune_launch.local import exit_code, forwarding_signals, kill_tree, start_j
 from dtune_launch.spec import JobSpec
 
 from dtune.errors import ConfigError
-from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.runtime.status import State, Status, write_status
 from dtune.sweep.folder import Attempt, Pruned, add_attempt, mark_pruned, read_trial
-from dtune.sweep.standing import SweepView, line_of
+from dtune.sweep.standing import SweepView, line_of, status_of
 
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 0.5
@@ -161,11 +161,14 @@ def _ask_to_stop(job: _Running) -> None:
 def _tell_ended(view: SweepView, ended: _Running, limits: Limits) -> None:
     """Say on the terminal how a trial ended, and in its folder where it could not say so itself."""
     folder = ended.task.folder
-    status = read_status(folder)
+    status, damage = status_of(folder)
     if status.state is State.running:
         why = f"exit code {exit_code(ended.process.returncode)}"
         if ended.timed_out:
             why = f"killed: it did not stop at hydra.launcher.max_minutes={limits.max_minutes:g}"
+        if damage:
+            (folder / "status.json").unlink(missing_ok=True)
+            why = f"{why}; {damage}"
         write_status(folder, Status(State.failed, step=status.step, message=why))
     standing = view.look_at(folder, read_trial(folder))
     line, *more = line_of(standing, view.record.objective).split("\n")

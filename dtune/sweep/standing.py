@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,7 @@ def _state_of(
     """State and message of a trial."""
     if not trial.attempts:
         return NOT_STARTED, ""
-    status = _status(folder)
+    status, damage = status_of(folder)
     if status.state is State.preempted and trial.pruned is not None:
         return PRUNED, trial.pruned.why
     job = trial.attempts[-1].job
@@ -117,16 +116,18 @@ def _state_of(
     if not job and (starting or _is_held(folder)):
         return RUNNING, ""
     what = f"job {job} is over" if job else "its processes are gone"
-    return State.failed.value, f"{what}, and nothing says why; logs: {folder / 'logs'}"
+    why = damage or "nothing says why"
+    return State.failed.value, f"{what}, and {why}; logs: {folder / 'logs'}"
 
 
-def _status(folder: Path) -> Status:
+def status_of(folder: Path) -> tuple[Status, str]:
+    """What status.json says, running where it is absent or damaged; and what is wrong with it."""
     try:
-        return read_status(folder)
+        return read_status(folder), ""
     except FileNotFoundError:
-        return _NOTHING
-    except json.JSONDecodeError as error:
-        return Status(State.failed, message=f"{folder / 'status.json'} cannot be read: {error}")
+        return _NOTHING, ""
+    except (ValueError, TypeError, KeyError) as error:
+        return _NOTHING, f"{folder / 'status.json'} cannot be read: {error}"
 
 
 def _is_held(folder: Path) -> bool:

@@ -110,7 +110,10 @@ class Agent(LocalElasticAgent):
             return True
         if self.status is None or not self.status.is_file():
             return False
-        said = json.loads(self.status.read_text(encoding="utf-8"))
+        try:
+            said = json.loads(self.status.read_text(encoding="utf-8"))
+        except ValueError:  # Cut off by a full disk.
+            return False
         return bool(said["state"] == "config_error")
 
 

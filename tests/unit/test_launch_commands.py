@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from dtune_launch.record import JobRecord, read_record, write_record
 
 from dtune.cli import main
+from dtune.commands import logs
 from dtune.commands.running import last_rows, read_standing
 from dtune.runtime.status import State, Status, write_status
 
@@ -184,6 +186,60 @@ def test_a_job_is_told_and_cancelled_by_the_id_of_its_element_alone(
     assert "job        12_3 RUNNING n[1-2] 0:35 of 1:00:00" in capsys.readouterr().out
     assert main(["cancel", str(run), *more]) == 0
     assert slurm.read_text().splitlines()[-1] == asked
+
+
+def test_a_job_that_is_over_says_nothing_of_a_later_run_on_this_machine(
+    process: subprocess.Popen[bytes],
+    slurm: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    write_record(run, JobRecord("slurm", "12"))
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(squeue.read_text().replace("RUNNING", "COMPLETED"))
+    standing = read_standing(run)
+    assert (standing.state, standing.job_state.split()[0]) == ("running", "COMPLETED")
+    assert main(["cancel", str(run)]) == 0
+    assert process.wait(timeout=120) == 0
+    assert "scancel" not in slurm.read_text()
+    # Nobody works there any more.
+    write_status(run, Status(State.running))
+    assert read_standing(run).state == "killed"
+
+
+@pytest.mark.parametrize("damaged", ["", '{"state": "run', '{"state": "x"}', "[]", "{}"])
+def test_a_status_that_cannot_be_read_is_told(
+    damaged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", State.running)
+    (run / "status.json").write_text(damaged)
+    assert main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "killed" in said
+    assert f"message    {run / 'status.json'} cannot be read: " in said
+
+
+def test_a_log_is_followed_without_asking_slurm_at_every_look(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", State.running)
+    write_record(run, JobRecord("slurm", "12"))
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-0.log").write_text("first line\n")
+    looks = 40
+    passed: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        passed.append(seconds)
+        if len(passed) == looks:
+            write_status(run, Status(State.done))
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: sum(passed)))
+    assert main(["logs", "-f", str(run)]) == 0
+    assert len(passed) in (looks, looks + 1)
+    # At first, and each time that so many seconds have passed.
+    assert len(slurm.read_text().splitlines()) == 1 + int(sum(passed) / logs._ASK_SECONDS)
 
 
 def test_the_record_of_a_script_by_hand_is_read_like_that_of_dtune(tmp_path: Path) -> None:

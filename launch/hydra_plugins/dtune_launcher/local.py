@@ -67,7 +67,7 @@ class DtuneLocalLauncher(DtuneLauncher):
         from dtune.errors import ConfigError
         from dtune.sweep.local import gpus_of_slot
 
-        if launch.name == "slurm" or launch.num_nodes > 1:
+        if launch.gpus_of_node is not None or launch.num_nodes > 1:
             raise ConfigError(
                 f"hydra/launcher=dtune_local runs trials on this machine alone, and launch="
                 f"{launch.name} is for others; set hydra/launcher=dtune_slurm, or launch=local"
