@@ -11,6 +11,7 @@ if __name__ == "__main__":
     OF_THIS_PROCESS.install(at_once=True, run_dir="".join(sys.argv[1:2]))
 
 import os
+import re
 import signal
 import traceback
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ from dtune.train.trainer import Trainer
 
 ECHO_SECONDS = 3.0
 """How long a rank that lost another one waits to hear what became of it."""
+PASSING = frozenset({"EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENODEV", "ENXIO", "ENOTCONN"})
+"""What file systems say that are away for a while, those of networks above all."""
 ADVICE_SECONDS = 5.0
 """How long a rank that is out of memory may count what would help."""
 
@@ -129,14 +132,14 @@ def _train(run: RunConfig, world: World, watch: Watch, stop: StopRequest) -> int
 def is_over_for_good(run: RunConfig) -> bool:
     """Whether torchrun has started the ranks again of a run that is to stop.
 
-    One that hung, where that is to stop it; or one that a signal to one of its ranks has ended
-    before there was anything to save.
+    One that hung, where that is to stop it; one that was out of memory, as it would be again; or
+    one that a signal to one of its ranks has ended before there was anything to save.
     """
     if not is_restart():
         return False
-    state = read_status(run.run_dir).state
-    hung = state is State.hung and run.watch.on_hang is OnHang.stop
-    return hung or state is State.preempted
+    status = read_status(run.run_dir)
+    hung = status.state is State.hung and run.watch.on_hang is OnHang.stop
+    return hung or status.hopeless or status.state is State.preempted
 
 
 def begin_attempt(run: RunConfig, world: World) -> RunConfig:
@@ -220,14 +223,16 @@ class Outcome:
             return True
         self.state = state_of(error)
         trail = ""
-        if self.state is State.failed:
+        # A disk that fails is no fault of the code.
+        expected = isinstance(error, CheckpointError)
+        if self.state is State.failed and not expected:
             trail = "".join(traceback.format_exception(kind, error, trace))
         if lost_a_peer(error) and (cause := self._watch.wait_for_cause(ECHO_SECONDS)):
             log.error("rank %d ends: %s", self._rank, cause.message)
             log_to_file(trail)
             return True
         self._tell(error, trail)
-        return self.state is not State.failed
+        return expected or self.state is not State.failed
 
     def _was_preempted(self, error: BaseException) -> bool:
         """Whether a signal to this rank or another has ended the run before it began.
@@ -249,7 +254,7 @@ class Outcome:
         oom = is_out_of_memory(error)
         if oom:
             message, step = describe_shortage(error, self.trainer), step + 1
-        status = Status(self.state, step, rank, message=message, traceback=trail)
+        status = Status(self.state, step, rank, message=message, traceback=trail, hopeless=oom)
         write_status(self._run_dir, status)
         self._watch.failed(f"rank {rank} at step {step}: {message}", trace=trail, step=step)
         if oom and (advice := advise(self._run, self.trainer, seconds=ADVICE_SECONDS)):
@@ -262,11 +267,22 @@ class Outcome:
 
 def state_of(error: BaseException) -> State:
     """How a run stands that an error has ended."""
-    if isinstance(error, ConfigError | CheckpointError):
+    if isinstance(error, CheckpointError):
+        return State.failed if may_pass(error) else State.config_error
+    if isinstance(error, ConfigError):
         return State.config_error
     if isinstance(error, DivergedError):
         return State.diverged
     return State.hung if isinstance(error, HungError) else State.failed
+
+
+def may_pass(error: CheckpointError) -> bool:
+    """Whether the disk failed, as it may not do again; a full one is for the user to mend.
+
+    By the name of the error, which is all that comes from other ranks.
+    """
+    names = set(re.findall(r"\((E[A-Z0-9]+)\)", str(error)))
+    return bool(names) and names <= PASSING
 
 
 def lost_a_peer(error: BaseException) -> bool:

@@ -53,6 +53,8 @@ class Status:
     """What a run that hung was at: start, step, save or evaluation."""
     traceback: str = ""
     """Of a failure that is nobody's mistake of a setting."""
+    hopeless: bool = False
+    """Of a failure: whether ranks that are started again would only come to the same."""
     time: float = 0.0
     """Seconds since the epoch."""
 
