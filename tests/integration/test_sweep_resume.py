@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import signal
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dtune.cli import main
 from dtune.config.compose import compose_overrides
 from tests.integration.sweeps import DIES, FAILS, HANGS, STOPS, attempts, call, start, states, trial
 
@@ -16,6 +19,14 @@ pytestmark = pytest.mark.slow
 
 SEEDS = f"seed=1,{FAILS},{DIES},{STOPS},{HANGS},2"
 AFTER = {0: "done", 1: "failed", 2: "failed", 3: "preempted", 4: "failed", 5: "done"}
+
+
+def answer(*arguments: str, code: int = 0) -> tuple[str, str]:
+    """A command that only reads, in this process; what it wrote on both streams."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(arguments) == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,7 @@ def test_trials_that_fail_die_stop_and_hang_hide_no_other(ended: tuple[Path, str
     assert "a failure of the test" in out
     assert "exit code 137" in out
     assert "hydra.launcher.max_minutes=0.1" in out
-    told, _ = call("sweep", "status", str(sweep), code=1)
+    told, _ = answer("sweep", "status", str(sweep), code=1)
     assert states(told) == AFTER
     assert "6 trials: 2 done, 3 failed, 1 preempted" in told
     # What does not differ between trials is not repeated.
@@ -60,13 +71,13 @@ def test_resume_runs_exactly_the_unfinished_with_other_settings_of_the_launcher(
     again, _ = call("sweep", "resume", str(sweep), fake=True)
     assert "0 of 6 trials" in again
     assert attempts(sweep) == [1, 2, 2, 2, 2, 1]
-    _, err = call("sweep", "resume", str(sweep), "optim.lr=1", code=2)
+    _, err = answer("sweep", "resume", str(sweep), "optim.lr=1", code=2)
     assert "not optim.lr" in err
 
 
 def test_best_writes_an_experiment_that_composes_to_the_trial(ended: tuple[Path, str]) -> None:
     sweep = ended[0]
-    out, _ = call("sweep", "best", str(sweep))
+    out, _ = answer("sweep", "best", str(sweep))
     assert "dtune train experiment=best" in out
     winner = yaml.safe_load((sweep / "0" / "config.yaml").read_text())
     text = compose_overrides("train", ["experiment=best", f"hydra.searchpath=[file://{sweep}]"])
@@ -83,7 +94,7 @@ def test_best_writes_an_experiment_that_composes_to_the_trial(ended: tuple[Path,
 
 def test_the_objective_is_drawn_against_each_key(ended: tuple[Path, str]) -> None:
     pytest.importorskip("matplotlib")
-    out, _ = call("sweep", "plot", str(ended[0]))
+    out, _ = answer("sweep", "plot", str(ended[0]))
     files = [Path(line.removeprefix("written: ")) for line in out.splitlines()]
     assert [file.name for file in files] == ["objective.png", "objective.svg"]
     assert files[0].read_bytes().startswith(b"\x89PNG")
@@ -94,12 +105,12 @@ def test_the_objective_is_drawn_against_each_key(ended: tuple[Path, str]) -> Non
 def test_a_killed_launcher_leaves_a_sweep_that_can_be_gone_on_with(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     seeds = ("train", "-m", "seed=1,2,3", f"hydra.sweep.dir={sweep}")
-    process = start(*seeds, fake=True, step_seconds=2)
+    process = start(*seeds, fake=True, step_seconds=1)
     wait_for(lambda: (sweep / "0" / "metrics.jsonl").is_file())
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     # What it had started lives on and holds its folder; the others have not begun.
-    told, _ = call("sweep", "status", str(sweep), code=75)
+    told, _ = answer("sweep", "status", str(sweep), code=75)
     assert states(told)[0] in ("running", "done")
     assert [states(told)[n] for n in (1, 2)] == ["not started"] * 2
     out, _ = call("sweep", "resume", str(sweep), fake=True)
@@ -112,10 +123,10 @@ def test_a_sweep_in_the_background_is_followed_to_its_end(tmp_path: Path) -> Non
     out, _ = call(
         *("train", "-m", "seed=1,2", f"hydra.sweep.dir={sweep}", "hydra.launcher.wait=false"),
         fake=True,
-        step_seconds=0.5,
+        step_seconds=0.2,
     )
     assert "goes on with them" in out
-    told, _ = call("sweep", "status", str(sweep), "-f", "--seconds=0.2")
+    told, _ = answer("sweep", "status", str(sweep), "-f", "--seconds=0.2")
     assert states(told) == {0: "done", 1: "done"}
 
 
@@ -136,8 +147,6 @@ def test_a_second_sweep_in_its_folder_is_refused(ended: tuple[Path, str]) -> Non
 def test_wrong_arguments_are_answered_with_the_right_ones(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dtune.cli import main
-
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
 
@@ -145,7 +154,6 @@ def test_wrong_arguments_are_answered_with_the_right_ones(
 def test_a_missing_package_is_named(
     ended: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dtune.cli import main
     from dtune.runtime import capabilities
 
     monkeypatch.setattr(capabilities, "is_installed", lambda module: False)
