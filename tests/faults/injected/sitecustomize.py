@@ -41,12 +41,17 @@ def _segfault() -> None:
     ctypes.string_at(0)
 
 
+def _go_on() -> None:
+    """Whoever planned it sees that it is time, and kills the whole tree from outside."""
+
+
 KINDS: dict[str, Callable[[], None]] = {
     "kill": _kill,
     "raise": _raise,
     "exit": _exit,
     "abort": os.abort,
     "segfault": _segfault,
+    "tree": _go_on,
 }
 
 
@@ -80,7 +85,10 @@ class Injector:
         time.sleep(fault["delay"])
         fact = {**fault, "step": step, "pid": os.getpid(), "time": time.time()}
         fact["attempt"] = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-        self.mark(self.number).write_text(json.dumps(fact))
+        mark = self.mark(self.number)
+        # Whole or not there: who waits for it may end this process.
+        mark.with_suffix(".tmp").write_text(json.dumps(fact))
+        mark.with_suffix(".tmp").replace(mark)
         KINDS[fault["kind"]]()
 
 
