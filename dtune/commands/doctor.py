@@ -85,8 +85,11 @@ def _cluster(argv: list[str]) -> int:
 
 def _start_tasks(argv: list[str], nproc: int) -> int:
     """Ranks on all nodes of the allocation."""
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
     command = [
-        *("srun", f"--nodes={os.environ['SLURM_JOB_NUM_NODES']}", f"--ntasks-per-node={nproc}"),
+        *("srun", f"--nodes={nodes}", f"--ntasks-per-node={nproc}"),
+        # Else srun takes the number of tasks, and one core for each, from the allocation.
+        *(f"--ntasks={nodes * nproc}", "--overcommit"),
         *("--kill-on-bad-exit=1", sys.executable, "-m", "dtune_launch.srun"),
         *("dtune", "doctor", _CLUSTER, *argv),
     ]

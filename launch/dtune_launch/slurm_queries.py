@@ -51,19 +51,32 @@ class Nodes:
     gpus: dict[str, int]
     """Of a node, by the name of their type; without one under the empty name."""
     cpus: int
+    max_time: str
+    """Longest job, as Slurm writes it: 1-00:00:00, infinite."""
+
+
+def seconds_of(limit: str) -> int | None:
+    """Seconds of a time limit as Slurm reads it; None for none."""
+    if not limit or limit[0].isalpha():
+        return None
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    # With days the first is hours; without, two of them are minutes and seconds.
+    weights = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(a * b for a, b in zip(parts, weights, strict=False))
 
 
 def ask_nodes() -> list[Nodes] | None:
     """The nodes of every partition; None where Slurm does not tell."""
-    done = run_client(["sinfo", "--noheader", "--format=%P|%D|%G|%c"], seconds=_ASK_SECONDS)
+    done = run_client(["sinfo", "--noheader", "--format=%P|%D|%G|%c|%l"], seconds=_ASK_SECONDS)
     return None if done.returncode else parse_nodes(done.stdout)
 
 
 def parse_nodes(text: str) -> list[Nodes]:
-    """Lines of ``partition|nodes|gres|cpus``, such as ``debug*|2|gpu:a100:4(S:0-1)|64``."""
+    """Lines of ``partition|nodes|gres|cpus|limit``: ``debug*|2|gpu:a100:4(S:0-1)|64|1:00:00``."""
     found = []
     for line in text.splitlines():
-        partition, count, gres, cpus = line.split("|")
+        partition, count, gres, cpus, max_time = line.split("|")
         gpus: dict[str, int] = {}
         for kind, number in re.findall(r"\bgpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres):
             gpus[kind] = gpus.get(kind, 0) + int(number)
@@ -74,6 +87,7 @@ def parse_nodes(text: str) -> list[Nodes]:
                 int(count),
                 gpus,
                 int(cpus.rstrip("+")),
+                max_time,
             )
         )
     return found
@@ -95,7 +109,7 @@ def check_cluster(config: SlurmConfig) -> None:
 
 
 def check_nodes(config: SlurmConfig, nodes: Sequence[Nodes]) -> None:
-    """Raise LaunchError for more nodes, or more GPUs of a node, than a partition has."""
+    """Raise LaunchError for more nodes, GPUs of a node or time than a partition has."""
     partitions = sorted({kind.partition for kind in nodes})
     wanted = config.partition.split(",") if config.partition else []
     for name in wanted:
@@ -121,6 +135,22 @@ def check_nodes(config: SlurmConfig, nodes: Sequence[Nodes]) -> None:
         has = f" with {config.gpus_per_node} GPUs" if config.gpus_per_node else ""
         raise LaunchError(
             f"launch.nodes={config.nodes} is above the {fitting} nodes{has} of {where}"
+        )
+    _check_time(config, kinds, where)
+
+
+def _check_time(config: SlurmConfig, kinds: Sequence[Nodes], where: str) -> None:
+    """Many clusters take a job that is too long for its partition, and never start it."""
+    limits = {seconds_of(kind.max_time): kind.max_time for kind in kinds}
+    # A quality of service may allow more.
+    if config.qos or not config.time or None in limits:
+        return
+    longest = max(limit for limit in limits if limit is not None)
+    most, asked = limits[longest], seconds_of(config.time)
+    if asked is None or asked > longest:
+        raise LaunchError(
+            f"launch.time={config.time} is above the {most} that {where} lets a job run; set "
+            f"launch.time={most}: at its end the job saves, is requeued and goes on"
         )
 
 

@@ -150,6 +150,8 @@ def test_environment_disables_the_shared_store_and_keeps_what_the_user_set(tmp_p
     spec = JobSpec("m", (), tmp_path, nproc=4, env={"EXTRA": "1"})
     added = job_environment(spec, {}, cores=10)
     assert added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    # A save may take minutes; torchrun kills after half of one.
+    assert added["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     assert added["OMP_NUM_THREADS"] == "2"
     assert added["EXTRA"] == "1"
     assert "OMP_NUM_THREADS" not in job_environment(spec, {"OMP_NUM_THREADS": "5"}, cores=10)

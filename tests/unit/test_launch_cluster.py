@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from dtune_launch import slurm, slurm_queries
 from dtune_launch.record import read_record
 
 from dtune.cli import main
@@ -17,6 +20,26 @@ pytestmark = pytest.mark.skipif(bool(missing_tools()), reason="needs slurm-wlm a
 
 # Nobody runs it: the jobs of these tests wait for a time that does not come.
 WAITS = "launch.sbatch_options=['--begin=now+1hour']"
+
+
+COMPUTED_SECONDS = 4.0
+"""Of a processor, to compose and check a config; it takes one."""
+ASKED_SECONDS = 2.0
+"""For answers of Slurm, before anything is said of a controller that is away."""
+
+
+def watch_clients(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """The clients of Slurm that will be called, each with the seconds that it is given."""
+    asked: list[tuple[str, float]] = []
+    run = slurm_queries.run_client
+
+    def watched(command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+        asked.append((command[0], seconds))
+        return run(command, seconds=seconds)
+
+    for module in (slurm_queries, slurm):
+        monkeypatch.setattr(module, "run_client", watched)
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +64,7 @@ def argv(run_dir: Path, *more: str) -> list[str]:
         ("launch.partition=nope", "launch.partition=nope does not exist", "debug"),
         ("launch.gpus_per_node=5", "above the 2 GPUs", "launch.gpus_per_node=2"),
         ("launch.nodes=9", "launch.nodes=9 is above the", "debug"),
-        ("launch.time=99-0", "time limit is invalid", "see launch.time"),
+        ("launch.time=99-0", "is above the 1:00:00 that partition debug", "launch.time=1:00:00"),
         ("launch.memory=900G", "emory", "launch.memory"),
         ("launch.cpus_per_process=99", "job.sbatch", "launch.cpus_per_process"),
         ("launch.constraint=foo", "nvalid feature", "see launch.constraint"),
@@ -99,7 +122,13 @@ def test_without_slurm_the_answer_is_at_once(
     for tool in ("git", "uname"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or "/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))
+    asked = watch_clients(monkeypatch)
+    began = time.process_time()
     assert main(argv(tmp_path / "run")) == 2
+    # Nobody is asked, so there is nothing to wait for: only what dtune itself computes is bounded,
+    # generously, and not by a clock that other processes of the machine move.
+    assert time.process_time() - began < COMPUTED_SECONDS
+    assert asked == []
     assert "sbatch is not on the PATH" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -115,8 +144,12 @@ def test_a_controller_that_is_away_loses_nothing(
     away = tmp_path / "slurm.conf"
     away.write_text(text.replace(port, "SlurmctldPort=1").replace("MessageTimeout=30", ""))
     monkeypatch.setenv("SLURM_CONF", str(away))
+    asked = watch_clients(monkeypatch)
     assert main(argv(tmp_path / "run")) == 2
-    # Of sbatch it would take 20 s to hear so.
+    # What is bounded is how long dtune waits for an answer. Of sbatch it would take 20 s to hear
+    # so, and it is given 60: where the controller takes a question and then says nothing, too.
+    assert [tool for tool, _ in asked] == ["scontrol"]
+    assert sum(seconds for _, seconds in asked) <= ASKED_SECONDS
     assert "controller does not answer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

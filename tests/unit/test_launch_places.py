@@ -36,8 +36,9 @@ def test_a_name_that_does_not_resolve_is_told_soon(monkeypatch: pytest.MonkeyPat
     with pytest.raises(LaunchError, match=r"head\.invalid does not resolve"):
         resolve_host("head.invalid")
 
-    def never(*args: object, **kwargs: object) -> None:
+    def never(*args: object, **kwargs: object) -> object:
         time.sleep(30)
+        return [(0, 0, 0, "", ("127.0.0.1", 0))]
 
     monkeypatch.setattr(network.socket, "getaddrinfo", never)
     monkeypatch.setattr(network, "_RESOLVE_SECONDS", 0.05)
@@ -66,6 +67,9 @@ MOUNTS = """\
 21 20 0:21 / /shared rw - nfs4 server:/shared rw
 22 20 0:22 / /scratch\\040local rw - ext4 /dev/sdb rw
 23 20 0:23 / /ram rw - tmpfs tmpfs rw
+24 20 0:24 / /bucket rw - fuse.gcsfuse bucket rw
+25 20 0:25 / /stick rw - vfat /dev/sdc1 rw
+26 20 0:26 / /juice rw - fuse.juicefs JuiceFS rw
 """
 
 
@@ -85,13 +89,19 @@ def test_the_file_system_of_a_path_is_that_of_its_nearest_mount(mounts: str) -> 
 
 
 def test_disks_that_all_nodes_see_pass_and_own_ones_do_not(mounts: str) -> None:
-    assert check_shared(Path("/shared/runs/x"), nodes=2) == []
+    for shared in ("/shared/runs/x", "/juice/x"):
+        assert check_shared(Path(shared), nodes=2) == []
     for own in ("/ram/x", "/tmp/x", "/dev/shm/x"):
         with pytest.raises(LaunchError, match=r"launch\.shared_disk=true"):
             check_shared(Path(own), nodes=2)
-    (warning,) = check_shared(Path("/scratch local/x"), nodes=1)
-    assert "unless it is served" in warning
-    assert "launch.shared_disk=true" in warning
+    for place, words in (
+        ("/scratch local/x", "unless it is served"),
+        ("/stick/x", "unless it is served"),
+        ("/bucket/x", "lies on fuse.gcsfuse (/bucket), of which dtune does not know whether"),
+    ):
+        (warning,) = check_shared(Path(place), nodes=1)
+        assert words in warning
+        assert "set launch.shared_disk=true" in warning
 
 
 @pytest.mark.parametrize(

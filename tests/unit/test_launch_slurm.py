@@ -166,17 +166,19 @@ def test_a_job_is_named_after_its_folder_in_letters_that_slurm_takes() -> None:
 
 
 SINFO = """\
-debug*|2|gpu:2(S:0-1)|8
-big|3|gpu:a100:4,gpu:h100:8|64
-big|5|(null)|128+
+debug*|2|gpu:2(S:0-1)|8|1:00:00
+big|3|gpu:a100:4,gpu:h100:8|64|2-00:00:00
+big|5|(null)|128+|2-00:00:00
+long|1|gpu:2|8|infinite
 """
 
 
 def test_nodes_are_read_from_what_sinfo_says() -> None:
     assert parse_nodes(SINFO) == [
-        Nodes("debug", True, 2, {"": 2}, 8),
-        Nodes("big", False, 3, {"a100": 4, "h100": 8}, 64),
-        Nodes("big", False, 5, {}, 128),
+        Nodes("debug", True, 2, {"": 2}, 8, "1:00:00"),
+        Nodes("big", False, 3, {"a100": 4, "h100": 8}, 64, "2-00:00:00"),
+        Nodes("big", False, 5, {}, 128, "2-00:00:00"),
+        Nodes("long", False, 1, {"": 2}, 8, "infinite"),
     ]
 
 
@@ -185,10 +187,13 @@ def test_nodes_are_read_from_what_sinfo_says() -> None:
     [
         ({"gpus_per_node": 4}, "above the 2 GPUs that a node of partition debug has"),
         ({"nodes": 3}, "launch.nodes=3 is above the 2 nodes with 1 GPUs of partition debug"),
-        ({"partition": "bigg"}, "launch.partition=bigg does not exist.*has big, debug"),
+        ({"partition": "bigg"}, "launch.partition=bigg does not exist.*has big, debug, long"),
         ({"partition": "big", "nodes": 4}, "above the 3 nodes with 1 GPUs"),
         ({"partition": "big", "gpu_type": "a100", "gpus_per_node": 5}, "4 GPUs of type a100"),
         ({"partition": "big", "gpu_type": "b200"}, "above the 0 GPUs of type b200"),
+        ({"time": "1:00:01"}, "launch.time=1:00:01 is above the 1:00:00 .*; set launch.time=1:00"),
+        ({"partition": "debug,big", "time": "2-01:00:00"}, "time=2-01:00:00 is above the 2-00:00"),
+        ({"time": "unlimited"}, "launch.time=unlimited is above the 1:00:00"),
     ],
 )
 def test_more_than_the_cluster_has_is_refused(asked: dict[str, object], said: str) -> None:
@@ -202,6 +207,12 @@ def test_more_than_the_cluster_has_is_refused(asked: dict[str, object], said: st
         {"gpus_per_node": 2, "nodes": 2},
         {"partition": "big", "nodes": 8, "gpus_per_node": 0},
         {"partition": "big,debug", "gpus_per_node": 8},
+        {"time": "1:00:00"},
+        {"partition": "big,debug", "time": "2-00:00:00"},
+        {"partition": "long", "time": "9-00:00:00"},
+        {"partition": "long", "time": "unlimited"},
+        # Which may lift the limit of a partition.
+        {"time": "2:00:00", "qos": "long"},
     ],
 )
 def test_what_the_cluster_has_is_not_refused(asked: dict[str, object]) -> None:
@@ -300,6 +311,10 @@ def test_torchrun_on_several_machines_meets_at_the_head() -> None:
         ({"nnodes": 2, "head": "h:99999"}, "launch.head=h:99999"),
         ({"nnodes": 2, "head": "h:1", "node_rank": 2}, "launch.node_rank=2 must be 0 to 1"),
         ({"nnodes": 0}, "launch.nnodes=0"),
+        (
+            {"head": "h:29400"},
+            "launch.head=h:29400 is for several .*launch.nnodes=1; set launch.nn",
+        ),
     ],
 )
 def test_wrong_settings_of_torchrun_name_their_key(wrong: dict[str, object], said: str) -> None:

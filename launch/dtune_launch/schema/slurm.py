@@ -9,22 +9,11 @@ from pathlib import Path
 
 from dtune_launch.disks import check_shared
 from dtune_launch.slurm import describe_submission, submit, try_submission
-from dtune_launch.slurm_queries import check_cluster
+from dtune_launch.slurm_queries import check_cluster, seconds_of
 from dtune_launch.spec import AUTO, JobSpec, LaunchConfig
 
 _TIME = re.compile(r"(\d+-)?\d+:\d\d(:\d\d)?|\d+-\d+|infinite|unlimited", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?")
-
-
-def seconds_of(limit: str) -> int | None:
-    """Seconds of a time limit as Slurm reads it; None for none."""
-    if not limit or limit[0].isalpha():
-        return None
-    days, dash, rest = limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    # With days the first is hours; without, two of them are minutes and seconds.
-    weights = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    return int(days or 0) * 86400 + sum(a * b for a, b in zip(parts, weights, strict=False))
 
 
 @dataclass

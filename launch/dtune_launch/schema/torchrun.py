@@ -35,6 +35,11 @@ class TorchrunConfig(LaunchConfig):
                 f"launch.node_rank={self.node_rank} must be 0 to {self.nnodes - 1}, one number "
                 f"for each of launch.nnodes={self.nnodes} machines"
             )
+        if self.head and self.nnodes == 1:
+            raise ValueError(
+                f"launch.head={self.head} is for several machines, and launch.nnodes=1; set "
+                "launch.nnodes, or leave launch.head out"
+            )
         if self.head:
             split_head(self.head)
         elif self.nnodes > 1:
