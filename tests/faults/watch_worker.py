@@ -144,6 +144,8 @@ def main() -> int:
     first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if kind != "none" and int(rank) == int(os.environ["RANK"]) and first_attempt:
         inject(kind, int(at))
+    # For the test, which looks when it ends.
+    Path(sys.argv[1], f"process-{os.environ['RANK']}").write_text(str(os.getpid()))
     from dtune.worker import main as work
 
     return work([sys.argv[1]])
