@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dtune.commands.running import read_standing
 from dtune.runtime.status import State, read_status
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import (
@@ -24,6 +25,7 @@ from tests.slurm.training import (
     steps_of,
     wait_for_step,
 )
+from tests.unit.test_launch_secrets import SECRETS, find_secrets, seen_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -51,13 +53,16 @@ class Cancelled:
     followed: str
     """What ``dtune logs -f`` has shown to its end."""
     cancelled: str
+    rank: tuple[bytes, bytes]
+    """Command line and environment of the first rank."""
 
 
 @pytest.fixture(scope="module")
 def cancelled(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cancelled:
     run_dir = tmp_path_factory.mktemp("submission") / "run"
     settings = overrides(run_dir, "launch=slurm", SHARED, "launch.time=0:30:00")
-    done = call_dtune(cluster, "train", *settings, env=environment(hold_at=HOLD_AT))
+    env = {**environment(hold_at=HOLD_AT), **SECRETS}
+    done = call_dtune(cluster, "train", *settings, env=env)
     assert done.returncode == 0, done.stderr
     job = json.loads((run_dir / "job.json").read_text())["job_id"]
     follower = subprocess.Popen(
@@ -69,6 +74,7 @@ def cancelled(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Can
     )
     try:
         wait_for_step(cluster, job, run_dir, HOLD_AT - 1)
+        rank = seen_of(read_standing(run_dir).holders[0].pid)
         status = call_dtune(cluster, "status", str(run_dir))
         cancel = call_dtune(cluster, "cancel", str(run_dir))
         assert (status.returncode, cancel.returncode) == (0, 0), status.stderr + cancel.stderr
@@ -76,7 +82,7 @@ def cancelled(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Can
         followed = follower.communicate(timeout=120)[0]
     finally:
         follower.kill()
-    return Cancelled(job, run_dir, done.stdout, status.stdout, followed, cancel.stdout)
+    return Cancelled(job, run_dir, done.stdout, status.stdout, followed, cancel.stdout, rank)
 
 
 def test_a_submitted_run_says_its_job_and_where_its_logs_are(cancelled: Cancelled) -> None:
@@ -110,6 +116,18 @@ def test_cancel_saves_and_the_job_is_not_requeued(cluster: Cluster, cancelled: C
     again = call_dtune(cluster, "cancel", str(it.run_dir))
     assert again.returncode == CONFIG_ERROR
     assert "does not run: it is preempted" in again.stderr
+
+
+def test_no_secret_is_in_what_a_job_writes_or_in_its_command_lines(cancelled: Cancelled) -> None:
+    it = cancelled
+    line, told = it.rank
+    assert b"dtune.worker" in line
+    # The ranks had them, so there was something to leak.
+    assert [name for name, secret in SECRETS.items() if secret.encode() not in told] == []
+    assert {"job.sbatch", "job.json"} <= {path.name for path in it.run_dir.iterdir()}
+    assert find_secrets(it.run_dir.parent) == []
+    shown = it.submitted + it.status + it.followed + it.cancelled + line.decode()
+    assert [name for name, secret in SECRETS.items() if secret in shown] == []
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.sweeps import DIES, FAILS, attempts, fake_environment, states, trial
+from tests.integration.sweeps import (
+    DIES,
+    FAILS,
+    STOPS,
+    attempts,
+    fake_environment,
+    states,
+    trial,
+)
 from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,31 +36,31 @@ def call(cluster: Cluster, *arguments: str, code: int = 0, step_seconds: float =
     return done.stdout
 
 
-def test_an_element_that_fails_hides_no_other_and_resume_runs_it_elsewhere(
+def test_an_element_that_fails_or_is_preempted_hides_no_other_and_resume_runs_it_elsewhere(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "sweep"
     out = call(
         cluster,
-        *("train", "-m", *LAUNCHER, "launch=slurm", *NODE),
-        *(f"seed=1,{FAILS},{DIES},2", f"hydra.sweep.dir={sweep}"),
+        *("train", "-m", *LAUNCHER, "launch=slurm", *NODE, "launch.max_requeues=0"),
+        *(f"seed=1,{FAILS},{DIES},{STOPS},2", f"hydra.sweep.dir={sweep}"),
     )
     (job,) = re.findall(r"job (\d+); logs", out)
     assert f"dtune sweep status {sweep}" in out
     script = (sweep / "array-0.sbatch").read_text()
-    assert "#SBATCH --array=0-3%2\n" in script
-    assert [trial(sweep, n)["attempts"][0]["job"] for n in range(4)] == [
-        f"{job}_{n}" for n in range(4)
+    assert "#SBATCH --array=0-4%2\n" in script
+    assert [trial(sweep, n)["attempts"][0]["job"] for n in range(5)] == [
+        f"{job}_{n}" for n in range(5)
     ]
     told = call(cluster, "sweep", "status", str(sweep), "-f", "--seconds=0.5", code=1)
-    assert states(told) == {0: "done", 1: "failed", 2: "failed", 3: "done"}
-    # Nothing is left in the queue, so exactly the two are run, here on this machine.
+    assert states(told) == {0: "done", 1: "failed", 2: "failed", 3: "preempted", 4: "done"}
+    # Nothing is left in the queue, so exactly the three are run, here on this machine.
     out = call(cluster, "sweep", "resume", str(sweep), "hydra/launcher=dtune_local", "launch=local")
-    assert "2 of 4 trials" in out
-    assert states(out) == dict.fromkeys(range(4), "done")
-    assert attempts(sweep) == [1, 2, 2, 1]
-    frozen = [yaml.safe_load((sweep / str(n) / "config.yaml").read_text()) for n in range(4)]
-    assert [one["launch"]["name"] for one in frozen] == ["slurm", "local", "local", "slurm"]
+    assert "3 of 5 trials" in out
+    assert states(out) == dict.fromkeys(range(5), "done")
+    assert attempts(sweep) == [1, 2, 2, 2, 1]
+    frozen = [yaml.safe_load((sweep / str(n) / "config.yaml").read_text()) for n in range(5)]
+    assert [one["launch"]["name"] for one in frozen] == ["slurm", *["local"] * 3, "slurm"]
 
 
 def test_a_search_on_a_cluster_ends_hopeless_trials_without_a_requeue(
