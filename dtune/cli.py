@@ -30,7 +30,7 @@ USAGE = """dtune fine-tunes Hugging Face language models. Settings are group=opt
   dtune cancel RUN [--now]           save and stop, a job on the cluster as well
   dtune verify RUN [--resume-proof]  whether what it has saved is whole, and resumes exactly
   dtune sweep status DIR             how the trials of a sweep stand; resume, best, plot
-  dtune doctor                       versions, devices, and what is missing for what
+  dtune doctor [--cluster]           what this machine has; how the nodes of a job work together
   dtune kernels check                every kernel on this GPU, compared and timed
 
 Start here:  dtune train experiment=quickstart
