@@ -51,7 +51,6 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     weights = weights_of(built, seed=run.seed, start=start)
     engine = run.parallel.build(world, run.precision.name)
     prepare_engine(engine, built, run, weights, data.total_steps)
-    # Engines make groups of their own.
     world.allow(collective_timeout(run.watch))
     participant = built.method if isinstance(built.method, TakesPartInSteps) else None
     progress, held = RunProgress(), Held()
@@ -62,14 +61,13 @@ def assemble(run: RunConfig, world: World) -> tuple[Trainer, Exporter]:
     elif world.is_first:
         # Of an attempt that ended before it saved: the same steps come again.
         keep_old(run_dir / "metrics.jsonl")
-    folder, best = run_dir / CHECKPOINTS, held.best_step
-    checkpointer = Checkpointer(folder, run.checkpoint, world, best_step=best)
+    saver = Checkpointer(run_dir / CHECKPOINTS, run.checkpoint, world, best_step=held.best_step)
     trainer = Trainer(
         engine=engine,
         objective=data.objective,
         loader=data.loader,
         evaluator=held_out,
-        checkpointer=checkpointer,
+        checkpointer=saver,
         identity=identity,
         sinks=build_sinks(
             run.log,
