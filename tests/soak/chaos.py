@@ -47,8 +47,6 @@ class Scene:
     chance: random.Random
     room: Path | None
     """A small file system that holds run_dir, to be filled; None: there is none."""
-    struck: float = 0.0
-    """When the fault came, if it had to wait for its moment."""
     hung: int | None = None
     """Rank that was stopped for good."""
 
@@ -117,15 +115,12 @@ def pause_rank(scene: Scene) -> set[int]:
 
 
 def hang_rank(scene: Scene) -> set[int]:
-    """SIGSTOP one rank for good while the run steps; the watchers end it."""
-    if not _steps(scene):
-        return set()
+    """SIGSTOP one rank for good; the watchers end it."""
     workers = workers_of(scene.run_dir)
     if not workers:
         return set()
     scene.hung = scene.chance.choice(sorted(workers))
     pid = workers[scene.hung]
-    scene.struck = time.time()
     kill(pid, signal.SIGSTOP)
     deadline = time.monotonic() + _HUNG_SECONDS
     while Path(f"/proc/{pid}").exists():
@@ -136,8 +131,8 @@ def hang_rank(scene: Scene) -> set[int]:
     return set()
 
 
-def _steps(scene: Scene) -> bool:
-    """Wait until the run has written a row; whether it has."""
+def wait_for_step(scene: Scene) -> bool:
+    """Wait until the run has written one more row; whether it has."""
     rows = scene.run_dir / "metrics.jsonl"
     before = rows.stat().st_size if rows.is_file() else 0
     deadline = time.monotonic() + _STEP_WAIT
@@ -206,6 +201,8 @@ KINDS: dict[str, Callable[[Scene], set[int]]] = {
 }
 """What each fault does; the exit codes that the launcher may end with because of it."""
 NEEDS_ROOM = frozenset({"a full disk"})
+NEEDS_STEPS = frozenset({"a rank stopped for good"})
+"""Faults of a run that steps: while ranks start, nobody watches all of them yet."""
 
 
 def marked(variable: str) -> list[int]:

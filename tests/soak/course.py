@@ -18,7 +18,15 @@ from tests.faults.injection import (
     start_train,
     state_digest,
 )
-from tests.soak.chaos import KINDS, WATCH, Scene, marked, whole_steps
+from tests.soak.chaos import (
+    KINDS,
+    NEEDS_STEPS,
+    WATCH,
+    Scene,
+    marked,
+    wait_for_step,
+    whole_steps,
+)
 from tests.soak.leaks import OpenFiles, count_open
 
 RESTARTS = 100_000
@@ -167,6 +175,8 @@ class Endurance:
         return process.returncode
 
     def _strike(self, kind: str, scene: Scene) -> None:
+        if kind in NEEDS_STEPS and not wait_for_step(scene):
+            return
         self._look()
         steps = whole_steps(self.run_dir)
         self._floor = max(self._floor, steps[-1] if steps else -1)
@@ -174,11 +184,10 @@ class Endurance:
         self.result.faults.append(fact)
         self._open_fault, self._went_on = fact, False
         said = self.log.stat().st_size
-        scene.struck, scene.hung = 0.0, None
+        scene.hung = None
         self._allowed |= KINDS[kind](scene)
-        fact["time"] = scene.struck or fact["time"]
         if scene.hung is not None:
-            fact["ended"] = time.time() - scene.struck
+            fact["ended"] = time.time() - fact["time"]
             self._check_named(scene.hung, self.log.read_bytes()[said:])
         if kind == "a flipped bit in the newest checkpoint":
             steps = whole_steps(self.run_dir)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.injection import KINDS as WAYS
+from tests.faults.injection import KINDS as ENDS
 from tests.faults.injection import Fault, fired, kill_run, plan_faults, start_train, state_digest
 from tests.soak.chaos import KINDS, NEEDS_ROOM
 from tests.soak.course import Course, Endurance, Endured, Whole, run_whole
@@ -34,6 +34,8 @@ COURSES = (
     Course("lora, zero2, 2 ranks", 60, ("peft.dropout=0.1", "parallel=zero2", "launch.nproc=2")),
     Course("lora, ddp, 4 ranks", 60, ("peft.dropout=0.1", "parallel=ddp", "launch.nproc=4")),
 )
+WAYS = (*ENDS, "nan")
+"""How a worker fails by itself: it ends, or its numbers go bad."""
 ROOM_MIB = 512
 LIMIT = 3600.0
 """Seconds for one run; a run that hangs is a failure of the soak."""

@@ -25,32 +25,43 @@ from typing import Any
 TRAINER = "dtune.train.trainer"
 
 
-def _kill() -> None:
+def _kill(trainer: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _raise() -> None:
+def _raise(trainer: Any) -> None:
     raise RuntimeError("a fault injected by a test")
 
 
-def _exit() -> None:
+def _exit(trainer: Any) -> None:
     sys.exit(1)
 
 
-def _segfault() -> None:
+def _abort(trainer: Any) -> None:
+    os.abort()
+
+
+def _segfault(trainer: Any) -> None:
     ctypes.string_at(0)
 
 
-def _go_on() -> None:
+def _spoil(trainer: Any) -> None:
+    """One weight of this rank is NaN, as of a device that fails."""
+    trained = [it for it in trainer.engine.module.parameters() if it.requires_grad]
+    trained[0].data.view(-1)[0] = float("nan")
+
+
+def _go_on(trainer: Any) -> None:
     """Whoever planned it sees that it is time, and kills the whole tree from outside."""
 
 
-KINDS: dict[str, Callable[[], None]] = {
+KINDS: dict[str, Callable[[Any], None]] = {
     "kill": _kill,
     "raise": _raise,
     "exit": _exit,
-    "abort": os.abort,
+    "abort": _abort,
     "segfault": _segfault,
+    "nan": _spoil,
     "tree": _go_on,
 }
 
@@ -69,7 +80,7 @@ class Injector:
     def mark(self, number: int) -> Path:
         return self.folder / f"fired-{number}.json"
 
-    def count(self, step: int) -> None:
+    def count(self, step: int, trainer: Any) -> None:
         """Called before each step."""
         self.steps += 1
         fault = self.fault
@@ -77,11 +88,12 @@ class Injector:
             return
         if self.steps == fault["after"]:
             if fault["delay"]:
-                threading.Thread(target=self.fire, args=(step, fault), daemon=True).start()
+                given = (step, fault, trainer)
+                threading.Thread(target=self.fire, args=given, daemon=True).start()
             else:
-                self.fire(step, fault)
+                self.fire(step, fault, trainer)
 
-    def fire(self, step: int, fault: dict[str, Any]) -> None:
+    def fire(self, step: int, fault: dict[str, Any], trainer: Any) -> None:
         time.sleep(fault["delay"])
         fact = {**fault, "step": step, "pid": os.getpid(), "time": time.time()}
         fact["attempt"] = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -89,7 +101,7 @@ class Injector:
         # Whole or not there: who waits for it may end this process.
         mark.with_suffix(".tmp").write_text(json.dumps(fact))
         mark.with_suffix(".tmp").replace(mark)
-        KINDS[fault["kind"]]()
+        KINDS[fault["kind"]](trainer)
 
 
 def patch(module: ModuleType) -> None:
@@ -99,7 +111,7 @@ def patch(module: ModuleType) -> None:
     advance = trainer.advance
 
     def counted(self: Any, step: int, *args: Any, **kwargs: Any) -> Any:
-        injector.count(step)
+        injector.count(step, self)
         return advance(self, step, *args, **kwargs)
 
     trainer.advance = counted
