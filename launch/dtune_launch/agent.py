@@ -6,14 +6,14 @@ must be started with SIGUSR1 ignored, which kills it otherwise; ranks install th
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as launcher_api
 from torch.distributed.run import parse_args, run
 
+from dtune.runtime.status import State, Status, read_status, write_status
 from dtune_launch.torchrun import node_options
 
 CONFIG_ERROR = 2
 """Exit code of a rank that trying again does not help."""
+
+TOLD_SECONDS = 1.0
+"""What a rank that fails, or its watcher, has to say itself why: they know more."""
 
 LEAVE_SECONDS = 20.0
 """What the agent has to leave the others in good order once its ranks have failed for good."""
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     logs = next((word for word in given if word.startswith("--log-dir=")), None)
     if logs is not None:
-        Agent.status = Path(logs.removeprefix("--log-dir=")).parent / "status.json"
+        Agent.run_dir = Path(logs.removeprefix("--log-dir=")).parent
     try:
         run(parse_args([*node_options(os.environ), *given]))
     except ChildFailedError as error:
@@ -66,8 +70,8 @@ class Agent(LocalElasticAgent):
 
     _is_watched = False
 
-    status: Path | None = None
-    """How the run stands, by what a rank has written of it, perhaps one of another node."""
+    run_dir: Path | None = None
+    """Of the run, where it has one; its status may be what a rank of another node has written."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
@@ -77,10 +81,36 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         started: dict[int, Any] = super()._start_workers(worker_group)
+        context = self._pcontext
+        assert context is not None
+        ranks = [worker.global_rank for worker in worker_group.workers]
+        vars(context)["close"] = partial(self._close, context.close, ranks)
         if not self._is_watched:
             self._is_watched = True
             threading.Thread(target=self._leave_in_the_end, daemon=True).start()
         return started
+
+    def _close(
+        self, close: Callable[..., None], ranks: Sequence[int], *arguments: Any, **named: Any
+    ) -> None:
+        """End the ranks; where one has failed, the status tells of it before.
+
+        Others that are only starting would take the SIGTERM for one from outside, and say that
+        the run was preempted: then it would not be started again.
+        """
+        failed = [(r, code) for r, code in zip(ranks, self._exit_codes(), strict=True) if code]
+        if failed:
+            self._tell(*failed[0])
+        close(*arguments, **named)
+
+    def _tell(self, rank: int, code: int) -> None:
+        deadline = time.monotonic() + TOLD_SECONDS
+        while (told := self._status()) is not None and told.state is State.running:
+            if time.monotonic() > deadline:
+                assert self.run_dir is not None
+                message = f"rank {rank} {_how(code)} before it had met the others"
+                write_status(self.run_dir, Status(State.failed, rank=rank, message=message))
+            time.sleep(0.02)
 
     def _leave_in_the_end(self) -> None:
         """End this process some time after its ranks have failed for good.
@@ -108,13 +138,15 @@ class Agent(LocalElasticAgent):
     def _is_hopeless(self, result: RunResult) -> bool:
         if any(failure.exitcode == CONFIG_ERROR for failure in result.failures.values()):
             return True
-        if self.status is None or not self.status.is_file():
-            return False
+        told = self._status()
+        return told is not None and (told.hopeless or told.state is State.config_error)
+
+    def _status(self) -> Status | None:
+        """How the run stands; None where nobody has said it, or a full disk has cut it off."""
         try:
-            said = json.loads(self.status.read_text(encoding="utf-8"))
-        except ValueError:  # Cut off by a full disk.
-            return False
-        return bool(said["state"] == "config_error")
+            return None if self.run_dir is None else read_status(self.run_dir)
+        except (FileNotFoundError, ValueError):
+            return None
 
 
 def _exit_code(code: int) -> int:

@@ -162,7 +162,7 @@ class Watcher:
         if self.ended:
             return
         self.ended = True
-        if self._kill_at < float("inf") or self._is_preempted():
+        if self._kill_at < float("inf") or self._says(State.preempted):
             if self.up is not None:
                 self.up.send("bye", report=self.report().record())
             self._finish()
@@ -176,12 +176,15 @@ class Watcher:
             self.up.send("failed", cause=vars(cause))
         if self.chair is not None:
             self.chair.on_failed(cause)
+        elif self.up is None and self._says(State.running):
+            # Nobody to tell: it has not met the others.
+            self.write(State.failed, cause)
         self._finish()
 
-    def _is_preempted(self) -> bool:
-        """Whether the rank has left because a signal asked for it."""
+    def _says(self, state: State) -> bool:
+        """How the run stands: preempted, where a rank has left because a signal asked for it."""
         try:
-            return read_status(self.orders.run_dir).state is State.preempted
+            return read_status(self.orders.run_dir).state is state
         except (OSError, ValueError):
             return False
 
@@ -277,7 +280,7 @@ class Watcher:
 
     def write(self, state: State, cause: Cause) -> None:
         """The status of the run, unless it already tells of a failure, or that it was preempted."""
-        if state is State.failed and self._is_preempted():
+        if state is State.failed and self._says(State.preempted):
             # What happens to the ranks that a preempted one has left is its echo.
             return
         status = Status(
