@@ -16,7 +16,7 @@ from tests.soak.course import Endured
 # Seconds until SLURM takes a node that says nothing for down.
 _SILENT = 20
 FAULTS: dict[str, Callable[..., Ended]] = {
-    "SLURM's time limit": reach_time_limit,
+    "the time limit of SLURM": reach_time_limit,
     "kill -9 of slurmd and all on its node": partial(lose_node, kill=True),
 }
 
