@@ -174,7 +174,8 @@ def describe_end(run_dir: str) -> str:
     before = read_status(run_dir) if told else Status(State.running)
     if before.state not in FAILURES:
         return "starting again: a rank has ended without a word, killed or crashed"
-    failed = f"rank {before.rank} failed at step {before.step}: {before.message}"
+    who = f"rank {before.rank}" if before.rank >= 0 else "the run"
+    failed = f"{who} failed at step {before.step}: {before.message}"
     return f"starting again: {failed}\n{before.traceback}".rstrip()
 
 

@@ -145,7 +145,7 @@ class Agent(LocalElasticAgent):
         """How the run stands; None where nobody has said it, or a full disk has cut it off."""
         try:
             return None if self.run_dir is None else read_status(self.run_dir)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
 
