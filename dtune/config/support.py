@@ -234,7 +234,7 @@ def _check_packages(run: RunConfig) -> None:
 def _check_world(run: RunConfig, world_size: int) -> None:
     if run.parallel.name == "single" and world_size > 1:
         raise ConfigError(
-            f"parallel=single runs in one process, launch.nproc asks for {world_size}; "
+            f"parallel=single runs in one process, launch={run.launch.name} starts {world_size}; "
             "use parallel=ddp (the model fits on one device) or parallel=fsdp"
         )
     micro, total = run.train.micro_batch_size, run.train.global_batch_size

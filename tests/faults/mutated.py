@@ -25,7 +25,7 @@ FIXED = (
     ("world not divisible", ("train.micro_batch_size=3",), "train.micro_batch_size"),
     ("ranks not divisible", ("parallel=ddp", "launch.nproc=3"), "train.global_batch_size"),
     ("illegal combination", ("peft=full", "quant=nf4"), "peft=full"),
-    ("illegal engine", ("parallel=single", "launch.nproc=2"), "launch.nproc"),
+    ("illegal engine", ("parallel=single", "launch.nproc=2"), "parallel=single"),
     ("objective without its data", ("objective=pretrain",), "data.format"),
     ("needs what is off", ("train.early_stopping=3", "train.eval_every=0"), "train.eval_every"),
     ("group given a number", ("optim=5",), "optim=5"),
