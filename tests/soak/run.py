@@ -1,6 +1,6 @@
 """``make soak``: random faults for so many minutes, and a report.
 
-python -m tests.soak.run [minutes=20] [seed=1] [kills=25] [restarts=20] [mean=30] [slurm=1]
+python -m tests.soak.run [minutes=20] [seed=1] [kills=25] [restarts=20] [mean=8] [slurm=1]
     [out=FILE.json] [page=FILE.md]
 
 Ways in which workers fail, then kills at random times, then every kind of fault on several engines
@@ -29,10 +29,10 @@ from tests.soak.report import write_report
 from tests.soak.slurm_leg import endure_slurm, why_not
 
 COURSES = (
-    Course("lora, ddp, 2 ranks", 100, ("peft.dropout=0.1", "parallel=ddp", "launch.nproc=2")),
-    Course("full, fsdp, 4 ranks", 60, ("peft=full", "parallel=fsdp", "launch.nproc=4")),
-    Course("lora, zero2, 2 ranks", 60, ("peft.dropout=0.1", "parallel=zero2", "launch.nproc=2")),
-    Course("lora, ddp, 4 ranks", 60, ("peft.dropout=0.1", "parallel=ddp", "launch.nproc=4")),
+    Course("lora, ddp, 2 ranks", 120, ("peft.dropout=0.1", "parallel=ddp", "launch.nproc=2")),
+    Course("full, fsdp, 4 ranks", 80, ("peft=full", "parallel=fsdp", "launch.nproc=4")),
+    Course("lora, zero2, 2 ranks", 80, ("peft.dropout=0.1", "parallel=zero2", "launch.nproc=2")),
+    Course("lora, ddp, 4 ranks", 80, ("peft.dropout=0.1", "parallel=ddp", "launch.nproc=4")),
 )
 WAYS = (*ENDS, "nan")
 """How a worker fails by itself: it ends, or its numbers go bad."""
@@ -49,7 +49,7 @@ class Options:
     seed: int = 1
     kills: int = 25
     restarts: int = 20
-    mean: float = 30
+    mean: float = 8
     """Mean time to failure in seconds."""
     slurm: int = 1
     """0: no jobs of SLURM."""
