@@ -13,6 +13,8 @@ _NAME = re.compile(
     r"(^|[_.-])(token|api_?key|access_?key|secret_?key|password|passwd|secret|credentials?)$",
     re.IGNORECASE,
 )
+# max_new_token=3 is a misspelt key.
+_SHORT_NUMBER = re.compile(r"\d{1,5}")
 # What they look like: Hugging Face, Weights & Biases, OpenAI, GitHub, GitLab, AWS, Slack.
 _VALUES = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}\b"
@@ -62,7 +64,7 @@ def check_value(key: str, value: str, environ: Mapping[str, str] | None = None) 
 def _why(key: str, value: str, environ: Mapping[str, str]) -> str:
     if not value:
         return ""
-    if _NAME.search(key):
+    if _NAME.search(key) and not _SHORT_NUMBER.fullmatch(value):
         return "is the name of a secret"
     for name, secret in environ.items():
         if len(secret) >= _SHORTEST and _NAME.search(name) and secret in value:

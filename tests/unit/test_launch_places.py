@@ -136,6 +136,7 @@ def test_a_setting_that_holds_a_secret_is_refused_by_its_name_alone(
 @pytest.mark.parametrize(
     "argument",
     [
+        "max_new_token=3",
         f"model.revision={WANDB}",
         f"model.path=/hub/models--x/snapshots/{WANDB}",
         "data.path=https://host/x.jsonl",
