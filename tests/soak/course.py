@@ -74,7 +74,6 @@ class Whole:
     exported: str
     rows: list[dict[str, Any]]
     seconds: float
-    seconds_to_first_step: float
 
 
 @dataclass
@@ -96,13 +95,12 @@ class Endured:
 def run_whole(course: Course, folder: Path, limit: float) -> Whole:
     """Run the course without any fault."""
     run_dir, log = folder / "whole", folder / "whole.log"
-    started, first, read, files = time.monotonic(), 0.0, 0, OpenFiles()
+    started, read, files = time.monotonic(), 0, OpenFiles()
     process = start_train(course.settings(run_dir), log)
     try:
         while process.poll() is None:
             said = log.read_bytes()
             if _STEP.search(said, read):
-                first = first or time.monotonic() - started
                 files.note(count_open(run_dir))
                 read = said.rfind(b"\n") + 1
             assert time.monotonic() - started < limit, log.read_text()
@@ -113,7 +111,7 @@ def run_whole(course: Course, folder: Path, limit: float) -> Whole:
     assert files.leaks() == []
     rows = numbers(run_dir)
     seconds = time.monotonic() - started
-    return Whole(state_digest(run_dir), exported(run_dir), rows, seconds, first)
+    return Whole(state_digest(run_dir), exported(run_dir), rows, seconds)
 
 
 class Endurance:

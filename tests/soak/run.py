@@ -191,7 +191,8 @@ def restart_cleanly(soak: Soak) -> None:
 def kill_at_random(soak: Soak, deadline: float) -> None:
     """kill -9 of a rank or the tree at any time, also while the run starts."""
     chance, left = random.Random(soak.options.seed + 1), [soak.options.kills]
-    span = 2.5 * soak.whole(COURSES[0]).seconds_to_first_step
+    # As long as a run takes: it is met while it starts, steps, saves and exports.
+    span = soak.whole(COURSES[0]).seconds
 
     def faults() -> Iterator[tuple[float, str]]:
         while left[0] and time.monotonic() < deadline:

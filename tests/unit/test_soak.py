@@ -15,7 +15,7 @@ from tests.soak.chaos import KINDS, Scene
 from tests.soak.course import Course, Endurance, Whole
 from tests.soak.leaks import GROWTH, OpenFiles, count_open
 
-WHOLE = Whole("state", "weights", [{"step": 1}], 1.0, 1.0)
+WHOLE = Whole("state", "weights", [{"step": 1}], 1.0)
 
 
 @pytest.fixture
