@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ from dtune_launch.torchrun import node_options, torchrun_command
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
+# Of the environment that runs the tests, which need not be on PATH.
+SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))
 WRITE = os.environ.get("DTUNE_WRITE_GOLDEN") == "1"
 PYTHON = "/venv/bin/python"
 RUN = Path("/shared/runs/first")
@@ -101,7 +104,7 @@ def test_the_script_for_use_by_hand_is_written_from_the_same_template() -> None:
 @pytest.mark.parametrize("name", [*SCRIPTS, *BY_HAND])
 def test_scripts_parse_and_shellcheck_finds_nothing(name: str) -> None:
     text = {**SCRIPTS, **BY_HAND}[name]
-    for command in (["bash", "-n", "/dev/stdin"], ["shellcheck", "--shell=bash", "-"]):
+    for command in (["bash", "-n", "/dev/stdin"], [SHELLCHECK, "--shell=bash", "-"]):
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), command
 
