@@ -30,7 +30,7 @@ from dtune.errors import CheckpointError, ConfigError, DivergedError, HungError
 from dtune.out_of_memory import advise, describe_shortage, is_out_of_memory
 from dtune.run_folder import is_restart, resume_of_attempt
 from dtune.runtime.clocks import warn_of_clocks
-from dtune.runtime.lock import STALE_SECONDS, holding
+from dtune.runtime.lock import STALE_SECONDS, holding, is_held_here
 from dtune.runtime.logs import log, log_to_file, start_logging
 from dtune.runtime.seed import seed_everything
 from dtune.runtime.status import FAILURES, State, Status, read_status, write_status
@@ -92,11 +92,14 @@ def run_worker(
 
 def enter_lock(run: RunConfig, world: World, stack: ExitStack) -> str:
     """Hold the run folder on the first rank until the stack ends; why not, where it is taken."""
+    folder = Path(run.run_dir)
+    # The launcher that holds it may be on another machine than the first rank.
+    ours = world.any_says(is_held_here(folder))
     if world.is_first:
         # A launcher that has only submitted the job, or an attempt before this one, is about to go.
         patience = 2 * STALE_SECONDS if is_restart() else 30.0
         try:
-            stack.enter_context(holding(Path(run.run_dir), patience=patience))
+            stack.enter_context(holding(folder, patience=patience, joins=ours))
         except ConfigError as error:
             return str(error)
     return ""

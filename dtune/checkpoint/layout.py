@@ -171,5 +171,10 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, "OSError")
-        raise CheckpointError(f"{path}: {error.strerror or error} ({code})") from error
+        raise CheckpointError(describe_error(error, path)) from error
+
+
+def describe_error(error: OSError, path: Path | None = None) -> str:
+    """The file, the reason, and its name by which `may_pass` knows it."""
+    code = errno.errorcode.get(error.errno or 0, "OSError")
+    return f"{path or error.filename or 'a file'}: {error.strerror or error} ({code})"

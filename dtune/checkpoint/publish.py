@@ -23,6 +23,7 @@ from dtune.checkpoint.layout import (
     FileFact,
     Range,
     StoredTensor,
+    describe_error,
     dump_index,
     hash_bytes,
     hash_file,
@@ -92,13 +93,15 @@ def write_step(
 
 
 def together(world: World, act: Callable[[], T]) -> list[T]:
-    """What ``act`` gave on each rank; CheckpointError on all ranks if it failed on one."""
+    """What ``act`` gave on each rank; CheckpointError on all ranks if one had it, or an OSError."""
     value: T | None = None
     failure = ""
     try:
         value = act()
     except CheckpointError as error:
         failure = str(error)
+    except OSError as error:
+        failure = describe_error(error)
     outcomes = world.gather((value, failure))
     failures = [
         f"rank {rank}: {text}" if world.size > 1 else text

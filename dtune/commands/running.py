@@ -132,7 +132,10 @@ def _of_running(
     if any(holder.machine == this_machine() for holder in holders):
         return "running"
     if any(not job_is_over(holder.job) for holder in holders):
-        beat = time.time() - (folder / LOCK).stat().st_mtime
+        try:
+            beat = time.time() - (folder / LOCK).stat().st_mtime
+        except FileNotFoundError:  # It has just ended.
+            return "killed"
         return "running" if beat < STALE_SECONDS else "silent"
     return "not started" if status is None and not of_job else "killed"
 

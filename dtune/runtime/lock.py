@@ -56,17 +56,17 @@ class Lock:
 
 
 @contextmanager
-def holding(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
+def holding(folder: Path, *, patience: float = 0.0, joins: bool = False) -> Iterator[None]:
     """Hold the lock of a run folder, which is made where it is absent, for the block.
 
     Within the process and its children it may be held again. Raises ConfigError that names the
     process that holds it for longer than ``patience`` seconds; a lock whose processes are gone is
-    taken over with a line on stderr.
+    taken over with a line on stderr. ``joins``: who holds it belongs to the same run.
     """
     deadline = time.monotonic() + patience
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while (lock := _take(folder, refuse=time.monotonic() >= deadline)) is None:
+        while (lock := _take(folder, deadline, joins=joins)) is None:
             time.sleep(_POLL_SECONDS)
     except OSError as error:
         raise ConfigError(f"run_dir={folder} cannot be written: {error.strerror}") from error
@@ -81,6 +81,12 @@ def holding(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
         # What cannot be removed is taken over by the next run, once this process has ended.
         with suppress(OSError):
             _release(folder, lock)
+
+
+def is_held_here(folder: Path) -> bool:
+    """Whether this process, or one that has started it, holds the lock."""
+    found = _last(folder)
+    return found is not None and _is_mine(found[1])
 
 
 def check_free(folder: Path) -> None:
@@ -102,8 +108,8 @@ def check_held(folder: Path) -> str:
     return holder.describe() if holder else ""
 
 
-def _take(folder: Path, *, refuse: bool) -> Lock | None:
-    """The lock, created, joined or taken over; where it is held, ConfigError or None."""
+def _take(folder: Path, deadline: float, *, joins: bool) -> Lock | None:
+    """The lock, created, joined or taken over; where it is held, None, or later ConfigError."""
     mine = Lock(secrets.token_hex(8), (this_process(),))
     while True:
         found = _last(folder)
@@ -112,10 +118,10 @@ def _take(folder: Path, *, refuse: bool) -> Lock | None:
                 return mine
             continue
         path, lock = found
-        if _is_mine(lock):
+        if joins or _is_mine(lock):
             return _join(folder, path, lock)
         if holder := _living(found):
-            if refuse:
+            if time.monotonic() >= deadline:
                 raise ConfigError(_refusal(folder, holder))
             return None
         if taken := _take_over(folder, path, lock, mine):

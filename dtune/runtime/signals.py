@@ -13,7 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from dtune.runtime.status import EXIT_CODES, State, Status, read_status, write_status
+from dtune.runtime.status import (
+    EXIT_CODES,
+    FAILURES,
+    State,
+    Status,
+    read_status,
+    write_status,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -115,8 +122,12 @@ class StopRequest:
         folder = self._run_dir
         if folder is None or not (folder / "status.json").is_file():
             return
-        if read_status(folder).state is State.running:
-            write_status(folder, Status(State.preempted, step=_saved_step(folder)))
+        before = read_status(folder)
+        # torchrun may just be starting the ranks again.
+        of_before = before.state in FAILURES and before.time < self.created
+        if before.state is State.running or of_before:
+            status = Status(State.preempted, step=_saved_step(folder))
+            write_status(folder, status, since=self.created)
 
     def _watch(self) -> None:
         """See to it that the process also leaves where Python waits in a library.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -59,10 +60,13 @@ class Status:
     """Seconds since the epoch."""
 
 
-def write_status(run_dir: str | Path, status: Status, *, instead: bool = False) -> None:
+def write_status(
+    run_dir: str | Path, status: Status, *, instead: bool = False, since: float = 0.0
+) -> None:
     """Replace the status, unless it already tells of a failure of this attempt.
 
-    ``instead``: also then, if it is of the same rank.
+    ``instead``: also then, if it is of the same rank. ``since``: when this attempt began; a
+    failure that was told before is none of its own.
 
     Atomic, except where the disk is full: then it is written over in the room that it has.
     """
@@ -71,12 +75,12 @@ def write_status(run_dir: str | Path, status: Status, *, instead: bool = False) 
         before = read_status(run_dir)
         # What fails after a rank was preempted has only lost it.
         lost = before.state is State.preempted and status.state in FAILURES
-        final = before.state in FAILURES or lost
+        final = (before.state in FAILURES and before.time >= since) or lost
         if final and not (instead and before.rank == status.rank):
             return
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {**asdict(status), "state": status.state.value, "time": time.time()}
-    temporary = path.with_name(f".status-{os.getpid()}.json")
+    temporary = path.with_name(f".status-{os.getpid()}-{secrets.token_hex(4)}.json")
     text = json.dumps(record, indent=1) + "\n"
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -49,7 +49,9 @@ class World:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank)
+            # Slurm may show each task its own GPU alone.
+            alone = "DTUNE_SRUN" in os.environ and torch.cuda.device_count() == 1
+            device = torch.device("cuda", 0 if alone else local_rank)
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         else:

@@ -126,7 +126,8 @@ def _start_held(
 def _start(task: Task, slot: int, parallel: int) -> _Running:
     env = {}
     if parallel > 1:
-        env["OMP_NUM_THREADS"] = str(max(1, count_cores() // (parallel * task.nproc)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            env["OMP_NUM_THREADS"] = str(max(1, count_cores() // (parallel * task.nproc)))
         if gpus := gpus_of_slot(slot, parallel):
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     logs = task.folder / "logs"

@@ -1,7 +1,7 @@
 """torchrun's agent without its page-long traceback; takes torchrun's own arguments.
 
 The only module here that imports torch: it runs in a process of its own, beside the ranks. It
-must be started with SIGUSR1 ignored, which kills it otherwise; ranks install their own handler.
+must be started with SIGUSR1 ignored, which kills it otherwise until it can pass it on to its ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -26,7 +27,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as launcher_api
 from torch.distributed.run import parse_args, run
 
-from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.runtime.status import FAILURES, State, Status, read_status, write_status
 from dtune_launch.torchrun import node_options
 
 CONFIG_ERROR = 2
@@ -41,6 +42,7 @@ LEAVE_SECONDS = 20.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun; the exit code of the rank that failed first, or 0."""
+    signal.signal(signal.SIGUSR1, _pass_on)
     _quiet()
     # The name by which torchrun's own code makes its agent.
     vars(launcher_api)["LocalElasticAgent"] = Agent
@@ -69,6 +71,11 @@ class Agent(LocalElasticAgent):
     """
 
     _is_watched = False
+    _started = 0.0
+    """When the ranks of this attempt were, in seconds since the epoch."""
+
+    running: Agent | None = None
+    """The one of this process, once it has ranks."""
 
     run_dir: Path | None = None
     """Of the run, where it has one; its status may be what a rank of another node has written."""
@@ -80,7 +87,14 @@ class Agent(LocalElasticAgent):
         return result
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        started: dict[int, Any] = super()._start_workers(worker_group)
+        # Ranks inherit it blocked: one that comes early waits for their handler.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        self._started = time.time()
+        try:
+            started: dict[int, Any] = super()._start_workers(worker_group)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        Agent.running = self
         context = self._pcontext
         assert context is not None
         ranks = [worker.global_rank for worker in worker_group.workers]
@@ -89,6 +103,14 @@ class Agent(LocalElasticAgent):
             self._is_watched = True
             threading.Thread(target=self._leave_in_the_end, daemon=True).start()
         return started
+
+    def pass_on(self, number: int) -> None:
+        """Send a signal to the ranks of this machine."""
+        context = self._pcontext
+        if isinstance(context, SubprocessContext):
+            for handler in context.subprocess_handlers.values():
+                if handler.proc.poll() is None:
+                    handler.proc.send_signal(number)
 
     def _close(
         self, close: Callable[..., None], ranks: Sequence[int], *arguments: Any, **named: Any
@@ -105,11 +127,14 @@ class Agent(LocalElasticAgent):
 
     def _tell(self, rank: int, code: int) -> None:
         deadline = time.monotonic() + TOLD_SECONDS
-        while (told := self._status()) is not None and told.state is State.running:
+        while (told := self._status()) is not None and (
+            told.state is State.running or (told.state in FAILURES and told.time < self._started)
+        ):
             if time.monotonic() > deadline:
                 assert self.run_dir is not None
                 message = f"rank {rank} {_how(code)} before it had met the others"
-                write_status(self.run_dir, Status(State.failed, rank=rank, message=message))
+                failed = Status(State.failed, rank=rank, message=message)
+                write_status(self.run_dir, failed, since=self._started)
             time.sleep(0.02)
 
     def _leave_in_the_end(self) -> None:
@@ -147,6 +172,12 @@ class Agent(LocalElasticAgent):
             return None if self.run_dir is None else read_status(self.run_dir)
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Slurm may tell only the tasks that it has started, and not what these have."""
+    if Agent.running is not None:
+        Agent.running.pass_on(number)
 
 
 def _exit_code(code: int) -> int:

@@ -6,6 +6,8 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
+
 from dtune.runtime.watch.client import Watch
 from dtune.runtime.watch.schema import WatchConfig
 from dtune.runtime.watch.wire import Line, Message
@@ -41,15 +43,30 @@ def test_a_watcher_that_calls_before_the_first_rank_has_met_it_is_heard(tmp_path
         watch.close()
 
 
-def test_a_stranger_is_hung_up_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'{"kind": "hello", "rank": 1, "secret": "of another"}\n',
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"1\n",
+        b'{"rank": 1}\n',
+    ],
+)
+def test_a_stranger_is_hung_up_on_and_others_are_heard(tmp_path: Path, said: bytes) -> None:
     (tmp_path / "logs").mkdir()
     watch = Watch(WatchConfig(), str(tmp_path), rank=0)
     try:
         port = watch.listen(local=True)
         watch.meet(2, secret=SECRET)
+        stranger = socket.create_connection(("127.0.0.1", port))
+        stranger.sendall(said)
+        assert heard(Line(stranger), 60) is None
         line = Line(socket.create_connection(("127.0.0.1", port)))
-        line.send("hello", rank=1, secret="of another")
-        assert heard(line, 60) is None
+        line.send("hello", rank=1, secret=SECRET)
+        pinged = heard(line, 60)
+        assert pinged is not None
+        assert pinged[0]["kind"] == "ping"
         line.close()
+        stranger.close()
     finally:
         watch.close()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.faults.injection import exported, leftovers, numbers
+from tests.faults.injection import exported, leftovers, newest_step, numbers
 from tests.slurm.cluster import Cluster, one_host_cluster
 from tests.slurm.training import (
     EVERY,
@@ -99,6 +99,8 @@ def lose_node(
     env = environment(hold_at=HOLD_AT)
     job = submit(cluster, run_dir, *TWO_RANKS, options=_AROUND, env=env)
     wait_for_step(cluster, job, run_dir, HOLD_AT - 1)
+    # It is written beside the steps that follow.
+    cluster.wait_until(lambda: newest_step(run_dir) >= HOLD_AT - EVERY, "it saves", job=job)
     start = time.monotonic()
     if kill:
         cluster.kill_node(LOST_NODE)

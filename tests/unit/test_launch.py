@@ -18,6 +18,7 @@ from dtune_launch.local import (
     exit_code,
     forwarding_signals,
     job_command,
+    kill_tree,
     run_job,
     start_job,
 )
@@ -223,6 +224,22 @@ def test_every_rank_saves_when_the_launcher_is_signalled(
         running[0].wait(timeout=240)
     assert received == [number]
     assert all((tmp_path / f"saved-{rank}").exists() for rank in ranks)
+
+
+def test_an_agent_that_alone_is_signalled_tells_its_ranks(rank_module: str, tmp_path: Path) -> None:
+    """As Slurm does where it knows only the tasks that it has started."""
+    agent = subprocess.Popen(
+        job_command(job(rank_module, "save", tmp_path, nproc=2)),
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        start_new_session=True,
+    )
+    try:
+        wait_for(tmp_path / "started-0-0", tmp_path / "started-1-0")
+        agent.send_signal(signal.SIGUSR1)
+        assert agent.wait(timeout=240) == 0
+    finally:
+        kill_tree(agent.pid)
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
 
 
 def test_a_second_interrupt_kills_the_whole_tree(rank_module: str, tmp_path: Path) -> None:

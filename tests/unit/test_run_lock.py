@@ -177,6 +177,15 @@ def wait_until(holds: Callable[[], bool]) -> None:
 ELSEWHERE = Holder("node7", "another boot", 4242, 1, "2026-01-01 00:00:00")
 
 
+def test_a_rank_joins_what_the_launcher_of_its_run_holds_on_another_host(tmp_path: Path) -> None:
+    leave(tmp_path, ELSEWHERE)
+    with holding(tmp_path, joins=True):
+        held = json.loads((tmp_path / LOCK).read_text())["holders"]
+        assert [holder["pid"] for holder in held] == [ELSEWHERE.pid, os.getpid()]
+    with pytest.raises(ConfigError, match="process 4242 on node7"), holding(tmp_path):
+        pass
+
+
 def test_a_holder_on_another_host_counts_as_long_as_it_is_heard_of(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ class Watcher:
                 self._on_left_alone("the watcher of rank 0 is gone, with its machine perhaps")
             elif self.chair is not None:
                 self.chair.on_peer_gone(file)
+                file.close()
             return
         for message in messages:
             if role == "control":

@@ -8,6 +8,9 @@ from typing import Any
 
 Message = dict[str, Any]
 
+LONGEST = 1 << 24
+"""Bytes of a message, at most."""
+
 
 class Line:
     """One end of a connection that carries messages; never blocks for long."""
@@ -30,7 +33,10 @@ class Line:
         return True
 
     def receive(self) -> list[Message] | None:
-        """What has come, when the socket is readable; None where the other end has gone."""
+        """What has come, when the socket is readable.
+
+        None where the other end has gone, or is none of ours: anyone may call an open port.
+        """
         try:
             data = self.socket.recv(1 << 16)
         except TimeoutError:
@@ -40,7 +46,12 @@ class Line:
         if not data:
             return None
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            found = [json.loads(line) for line in lines]
+        except ValueError:
+            return None
+        ours = all(isinstance(message, dict) and "kind" in message for message in found)
+        return found if ours and len(self._buffer) < LONGEST else None
 
     def close(self) -> None:
         """Hang up."""
