@@ -143,7 +143,9 @@ def _run_as_rank(argv: list[str], stop: StopRequest) -> int:
         text = composed
         config = load_frozen(text)
         check_run(config, world_size)
-        check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
+        # Slurm may show each task its own GPU alone.
+        if "DTUNE_SRUN" not in os.environ or count_gpus() != 1:
+            check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
         with occupied_run_folder(config, text, command=["dtune", "train", *argv]):
             return _join_ranks(text, stop)
     return _join_ranks(text, stop)
