@@ -105,8 +105,8 @@ fi
 
 say "job $self, restart $restart, $SLURM_NNODES nodes x $nproc processes, $run_dir"
 
-# On each node. The agent dies of USR1: it ignores it, and so do the ranks until they install their
-# own handler. A folder written elsewhere may come late, and on a disk of another machine never.
+# On each node. Until the agent passes USR1 on to its ranks, it would die of it. A folder written
+# elsewhere may come late, and on a disk of another machine never.
 # shellcheck disable=SC2016  # Variables of the node.
 on_node='
 trap "" USR1
