@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -180,7 +181,8 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(
     kept = (tmp_path / "wandb" / "run-id").read_text()
     folders = sorted((tmp_path / "wandb" / "wandb").glob("offline-run-*"))
     assert len(folders) >= 1
-    assert all(folder.name.endswith(f"-{kept}") for folder in folders)
+    # The second in one second has a number behind.
+    assert all(re.fullmatch(rf"offline-run-\d+_\d+-{kept}(-\d+)?", f.name) for f in folders)
     files = [file for folder in folders for file in folder.glob("*.wandb")]
     assert {file.name for file in files} == {f"run-{kept}.wandb"}
 

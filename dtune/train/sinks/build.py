@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -44,9 +45,11 @@ def build_sinks(
     )
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl"), progress]
     if config.tensorboard:
+        _import("torch.utils.tensorboard")
         make = partial(TensorBoardSink, run_dir / "tensorboard", start_step)
         sinks.append(BackgroundSink("tensorboard", make))
     if config.wandb:
+        _import("wandb")
         run = partial(
             WandbSink,
             run_dir / "wandb",
@@ -56,6 +59,16 @@ def build_sinks(
         )
         sinks.append(BackgroundSink("wandb", run))
     return sinks
+
+
+def _import(module: str) -> None:
+    """Import what a tracker needs, before any has a thread.
+
+    Two threads that import parts of one another may each get a half.
+    """
+    # What is wrong with it, its own thread comes to as well, and says.
+    with suppress(Exception):
+        importlib.import_module(module)
 
 
 def close_sinks(sinks: Sequence[Sink], *, seconds: float) -> None:
