@@ -70,7 +70,7 @@ slurm:
 	  echo "make slurm: run it as root, or have slurm-wlm and munge installed" >&2
 	  exit 1
 	fi
-	apt-get update -q
+	apt-get -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30 update -q
 	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge
 
 docs: $(VENV)/.installed-dev
