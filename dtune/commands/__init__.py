@@ -6,9 +6,8 @@ import importlib
 from collections.abc import Callable
 
 COMMANDS = (
-    *("train", "eval", "chat", "generate", "merge", "convert", "export"),
-    *("config", "plan", "doctor", "kernels", "sweep"),
-    *("status", "logs", "cancel", "verify"),
+    *("train", "eval", "chat", "generate", "merge", "export"),
+    *("config", "plan", "doctor", "kernels"),
 )
 
 

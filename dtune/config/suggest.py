@@ -58,18 +58,17 @@ SYNONYMS = {
 }
 
 
-def _keys(config: type, prefix: str, *, of: type | None = None) -> Iterable[str]:
-    """Dotted keys, those of one type alone where ``of`` names it."""
+def _keys(config: type, prefix: str) -> Iterable[str]:
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         key = f"{prefix}{field.name}"
         if prefix == "" and field.name in POLYMORPHIC:
             registry = POLYMORPHIC[field.name]
             for name in registry.names():
-                yield from _keys(registry.config(name), f"{key}.", of=of)
+                yield from _keys(registry.config(name), f"{key}.")
         elif dataclasses.is_dataclass(hints[field.name]):
-            yield from _keys(hints[field.name], f"{key}.", of=of)
-        elif field.name != "name" and of in (None, hints[field.name]):
+            yield from _keys(hints[field.name], f"{key}.")
+        elif field.name != "name":
             yield key
 
 
@@ -77,12 +76,6 @@ def _keys(config: type, prefix: str, *, of: type | None = None) -> Iterable[str]
 def all_keys() -> tuple[str, ...]:
     """Every key that some config has, dotted, without duplicates."""
     return tuple(dict.fromkeys(_keys(RunConfig, "")))
-
-
-@cache
-def truth_keys() -> frozenset[str]:
-    """Keys that are true or false."""
-    return frozenset(_keys(RunConfig, "", of=bool))
 
 
 def near_keys(key: str) -> list[str]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-EXAMPLES = 10
-_SHOWN = 5
+_EXAMPLES = 5
 _PERCENTILES = (5, 50, 95, 100)
 
 
@@ -25,7 +24,7 @@ class Dropped:
         """Count one row."""
         self.rows += 1
         self.tokens += tokens
-        if len(self.examples) < EXAMPLES:
+        if len(self.examples) < _EXAMPLES:
             self.examples.append(message)
 
 
@@ -54,11 +53,6 @@ class DataReport:
         """Share of the kept tokens that are predicted in training."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
-    @property
-    def rows_bad(self) -> int:
-        """Rows that data.on_bad_row=skip has left out."""
-        return self.bad.rows + self.untrained.rows
-
     def count_lengths(self, lengths: array[int]) -> None:
         """Set the percentiles."""
         found = np.percentile(np.asarray(lengths), _PERCENTILES, method="nearest")
@@ -82,6 +76,5 @@ class DataReport:
         )
         for dropped, what in drops:
             if dropped.rows:
-                first = "; ".join(dropped.examples[:_SHOWN])
-                lines.append(f"{dropped.rows} {what}, first: {first}")
+                lines.append(f"{dropped.rows} {what}, first: " + "; ".join(dropped.examples))
         return lines

@@ -28,8 +28,6 @@ OPTIONAL = {
         OptionalPackage("flash_attn", "flash-attn", "flash-attn"),
         OptionalPackage("tensorboard", "tensorboard", "tensorboard"),
         OptionalPackage("wandb", "wandb", "wandb"),
-        OptionalPackage("optuna", "optuna", "search"),
-        OptionalPackage("matplotlib", "matplotlib", "plot"),
         OptionalPackage("triton", "triton", ""),
     )
 }

@@ -1,1 +1,0 @@
-"""Sweeps: their folder, how each trial stands, what starts trials, and which was best."""
