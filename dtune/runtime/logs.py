@@ -12,8 +12,13 @@ log = logging.getLogger("dtune")
 class RankFile(logging.FileHandler):
     """The log file of a rank."""
 
+    _is_failing = False
+
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say nothing of a record that the disk does not take: a full disk fails what matters."""
+        """Say once that records do not get to the file: it ends no run, a checkpoint would."""
+        if not self._is_failing:
+            self._is_failing = True
+            sys.stderr.write(f"dtune: {self.baseFilename} lacks lines: {sys.exception()}\n")
 
 
 def start_logging(rank: int, folder: Path | None) -> None:
