@@ -3,7 +3,10 @@
 #   make test     the whole test suite             make quick   the fast part of it
 #   make check    ruff, mypy, layers, budgets      make docs    write the generated docs anew
 #   make matrix   every method on every base under every engine, and docs/matrix.md
+#   make move     every engine and number of processes gone on with by every other: docs/moving.md
+#   make soak     kill, stop, fill and flip for 20 minutes; nothing may be lost
 #   make gpu      the checks that need a GPU       make pin     write constraints.txt anew
+#   make slurm    install SLURM for its tests (Debian or Ubuntu, as root)
 #   make clean    remove what make made
 # Arguments go in ARGS: make train ARGS="peft=full seed=1", make test ARGS="-k resume".
 SHELL := /bin/bash
@@ -22,7 +25,7 @@ PINNED := pyproject.toml constraints.txt
 # Processes of the suite; each test that starts ranks starts two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test quick matrix check gpu docs pin clean
+.PHONY: train test quick matrix soak move check gpu slurm docs pin clean
 
 train: $(VENV)/.installed
 	@$(BIN)/dtune train experiment=quickstart $(ARGS)
@@ -37,6 +40,10 @@ quick: $(VENV)/.installed-dev
 matrix: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.run $(ARGS)
 
+# ARGS="lora zero3" runs only the moves that have one of the words in their name.
+move: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.distributed.move_run $(ARGS)
+
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,9 +52,26 @@ check: $(VENV)/.installed-dev
 	$(BIN)/shellcheck .ci/run slurm/*.sbatch benchmarks/*.sh
 	$(BIN)/python -m pytest -q tests/unit/test_budgets.py
 
+# Random faults for so many minutes: ARGS="minutes=60 seed=3 out=FILE.json"; tests/soak/run.py has all.
+soak: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.run $(ARGS)
+
 # On a machine with an NVIDIA GPU: everything that waits for one, and a table.
 gpu:
 	@bash benchmarks/gpu_checks.sh $(ARGS)
+
+# The tests start daemons of their own; those of the packages are not started in a container.
+slurm:
+	@for tool in slurmctld slurmd munged; do
+	  PATH=$$PATH:/usr/sbin command -v $$tool >/dev/null || missing=yes
+	done
+	[[ -n $${missing:-} ]] || exit 0
+	if [[ $$(id -u) != 0 ]]; then
+	  echo "make slurm: run it as root, or have slurm-wlm and munge installed" >&2
+	  exit 1
+	fi
+	apt-get -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30 update -q
+	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge
 
 docs: $(VENV)/.installed-dev
 	@$(BIN)/python -m dtune.config.reference docs/config.md README.md
@@ -65,7 +89,7 @@ $(VENV)/.installed: $(VENV)/.torch $(PINNED)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(PINNED)
-	@$(PIP) install --quiet --constraint constraints.txt --editable ".[deepspeed,bitsandbytes,tensorboard,wandb,dev]"
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[deepspeed,bitsandbytes,tensorboard,wandb,search,plot,dev]"
 	touch $@ $(VENV)/.installed
 
 # First and alone: the CPU index is asked for torch only, and what is installed is kept afterwards.

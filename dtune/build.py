@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -226,6 +227,21 @@ def build_held_out(
     if run.evaluate.generate:
         prompts = read_prompts(run.data, objective, max_rows=run.evaluate.max_rows)
     return HeldOut(objective, loader, prompts, tokenizer, run.evaluate, world)
+
+
+def list_left_out(
+    run_dir: Path, world: World, train: TokenDataset, held_out: HeldOut | None
+) -> None:
+    """Put the rows that are not trained or measured on into the run folder, a file for each part.
+
+    ``RUN/left_out-train.jsonl``: a line for each, with the place that it came from and the reason.
+    """
+    parts = {"train": train} if held_out is None else {"train": train, "eval": held_out.dataset}
+    for which, dataset in parts.items():
+        listed = run_dir / f"left_out-{which}.jsonl"
+        if world.is_first and dataset.left_out.stat().st_size:
+            shutil.copyfile(dataset.left_out, listed)
+            log.info("%s data: rows left out are listed in %s", which, listed)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

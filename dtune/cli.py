@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dtune import __version__
+from dtune.config.secret import check_arguments
 from dtune.errors import ConfigError
 
 USAGE = """dtune fine-tunes Hugging Face language models. Settings are group=option and key=value.
@@ -20,10 +21,16 @@ USAGE = """dtune fine-tunes Hugging Face language models. Settings are group=opt
   dtune chat run_dir=RUN             talk to what a run has trained, or to any model
   dtune generate run_dir=RUN prompts=FILE   answers to a file of prompts
   dtune merge run_dir=RUN out=FOLDER        the adapter merged into its base, and verified
+  dtune convert from=PATH to=PATH           checkpoints to and from Hugging Face, from DeepSpeed
   dtune export gguf                  how a merged model becomes a GGUF file
   dtune plan [settings]              what a run would do, without loading weights
   dtune config [settings]            the composed config of a run
-  dtune doctor                       versions, devices, and what is missing for what
+  dtune status RUN ...               how runs stand: step, job, last numbers, checkpoints
+  dtune logs RUN [-f] [--rank N]     what a rank says
+  dtune cancel RUN [--now]           save and stop, a job on the cluster as well
+  dtune verify RUN [--resume-proof]  whether what it has saved is whole, and resumes exactly
+  dtune sweep status DIR             how the trials of a sweep stand; resume, best, plot
+  dtune doctor [--cluster]           what this machine has; how the nodes of a job work together
   dtune kernels check                every kernel on this GPU, compared and timed
 
 Start here:  dtune train experiment=quickstart
@@ -42,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"dtune {__version__}\n")
         return 0
     try:
-        return _find(argv[0])(argv[1:])
+        command = _find(argv[0])
+        check_arguments(argv[1:])
+        return command(argv[1:])
     except ConfigError as error:
         sys.stderr.write(f"dtune: {error}\n")
         return 2

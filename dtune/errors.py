@@ -16,5 +16,13 @@ class CheckpointError(RuntimeError):
     """
 
 
+class HungError(RuntimeError):
+    """A rank did not come to where all ranks meet. ``rank`` is the first of those that did not."""
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class DivergedError(RuntimeError):
     """Loss or gradient is NaN or infinite. Carries the path of the report of the batch."""

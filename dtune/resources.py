@@ -45,6 +45,21 @@ def resolve_path(path: str) -> str:
     raise ConfigError(f"{path} is not embedded in dtune; did you mean {choices}?")
 
 
+def find_folder(path: str, key: str) -> Path | None:
+    """The folder that a path or ``dtune://NAME`` means; None where it can be a name on the Hub.
+
+    Raises:
+        ConfigError: It can be neither; ``key`` is the config key that it stands in.
+    """
+    resolved = resolve_path(path)
+    folder = Path(resolved).expanduser()
+    if folder.is_dir():
+        return folder
+    if resolved == path and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return None
+    raise ConfigError(f"{key}={path}: there is no such folder")
+
+
 def _embedded_names() -> list[str]:
     """Folders of dtune/assets, and the files in them, relative to it."""
     assets = PACKAGE / "assets"

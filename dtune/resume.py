@@ -15,7 +15,7 @@ from dtune.errors import CheckpointError, ConfigError
 from dtune.run_folder import ALL_EXPORTS, remove_exports
 from dtune.runtime.logs import log
 from dtune.runtime.world import World
-from dtune.train.trainer import RunProgress
+from dtune.train.progress import RunProgress
 
 
 def find_own_checkpoint(
@@ -77,7 +77,7 @@ def go_on(
 
     What was best in another folder, or is not there any more, is best no longer.
     """
-    progress = RunProgress(**found.extra)
+    progress = RunProgress.parse(found.extra)
     held = adopt_checkpoint(found, run_dir / CHECKPOINTS, best_step=progress.best_step, world=world)
     if held.best_step < 0:
         progress = dataclasses.replace(

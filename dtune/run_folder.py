@@ -12,12 +12,17 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from dtune_launch.record import RECORD
+from dtune_launch.slurm import SCRIPT
 
 from dtune.config.run import RunConfig
 from dtune.errors import ConfigError
-from dtune.runtime.files import remove_tree
+from dtune.runtime.files import TEMPORARY, remove_tree
+from dtune.runtime.lock import LOCK, check_free, holding
 from dtune.runtime.status import State, Status, write_status
 
 # Packages whose versions decide what a run computes.
@@ -32,14 +37,31 @@ EXPORTS = ("adapter", "model")
 ALL_EXPORTS = (*EXPORTS, *(f"best-{name}" for name in EXPORTS))
 
 
+@contextmanager
+def occupied_run_folder(config: RunConfig, text: str, *, command: Sequence[str]) -> Iterator[Path]:
+    """Start the folder of a run as `start_run_folder` does, and hold its lock for the block."""
+    folder = Path(config.run_dir)
+    # Before the lock, so that nothing is written into a folder of something else.
+    _check_folder(folder, resumes=resume_of_attempt(config) != "false")
+    with holding(folder):
+        yield start_run_folder(config, text, command=command)
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """ConfigError where the folder of a run that starts holds something else, or another works."""
+    folder = Path(config.run_dir)
+    _check_folder(folder, resumes=resume_of_attempt(config) != "false")
+    check_free(folder)
+
+
 def start_run_folder(config: RunConfig, text: str, *, command: Sequence[str]) -> Path:
     """Make the folder of a run and write its config and environment.
 
     Raises ConfigError for a folder that holds something, unless it is a run that is resumed in
-    it; then an older config is kept under a numbered name.
+    it, and that no other process works at; then an older config is kept under a numbered name.
     """
+    check_run_folder(config)
     folder = Path(config.run_dir)
-    _check_folder(folder, resumes=resume_of_attempt(config) != "false")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         frozen = folder / "config.yaml"
@@ -56,20 +78,32 @@ def start_run_folder(config: RunConfig, text: str, *, command: Sequence[str]) ->
 def resume_of_attempt(config: RunConfig) -> str:
     """``resume`` as it holds for this attempt at the run.
 
-    One that torchrun starts after another died goes on from what that has saved; and a requeued
-    job does not go back again to the step of its own that ``resume`` names.
+    One that torchrun starts after another died goes on from what that has saved, and so does a job
+    that Slurm has requeued, or that is submitted again by its script; it does not go back again to
+    the step of its own that ``resume`` names.
     """
     given, folder = config.resume, Path(config.run_dir).resolve()
     names_own = given not in ("false", "auto") and Path(given).resolve().is_relative_to(folder)
-    if is_restart() and (names_own or given == "false"):
-        return "auto"
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    return "auto" if requeued and names_own else given
+    goes_on = is_restart() or _is_requeued()
+    return "auto" if goes_on and (names_own or given == "false") else given
+
+
+def _is_requeued() -> bool:
+    """Whether this job has run before, by Slurm or by its script."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return restarts > 0 or os.environ.get("DTUNE_GOES_ON", "") == "1"
 
 
 def is_restart() -> bool:
     """Whether torchrun has started the ranks of this job before, and they died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def withdraw_start(folder: Path) -> None:
+    """Take back what `start_run_folder` wrote, of a run whose job was not taken."""
+    if not any(folder.glob("checkpoints/step-*")):
+        for name in ("config.yaml", "env.json", "status.json"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def remove_exports(folder: Path) -> None:
@@ -82,9 +116,10 @@ def remove_exports(folder: Path) -> None:
 def _check_folder(folder: Path, *, resumes: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run_dir={folder} is a file; name a folder")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     # Batch scripts write their logs there before the run begins.
-    others = [path for path in folder.iterdir() if path.name != "logs"] if folder.is_dir() else []
-    if not others:
+    own = ("logs", SCRIPT, RECORD, LOCK, f"{TEMPORARY}{LOCK}")
+    if not [name for name in names if not name.startswith(own)]:
         return
     if not _holds_run(folder):
         raise ConfigError(

@@ -159,11 +159,22 @@ def parse_index(data: bytes) -> dict[str, StoredTensor]:
     }
 
 
+def is_link_within(folder: Path, name: str) -> bool:
+    """Whether a file of a checkpoint, or the folder in it that it lies in, is a symbolic link."""
+    file = folder / name
+    return file.is_symlink() or (file.parent != folder and file.parent.is_symlink())
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a CheckpointError that names the file and the reason."""
     try:
         yield
     except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, "OSError")
-        raise CheckpointError(f"{path}: {error.strerror or error} ({code})") from error
+        raise CheckpointError(describe_error(error, path)) from error
+
+
+def describe_error(error: OSError, path: Path | None = None) -> str:
+    """The file, the reason, and its name by which `may_pass` knows it."""
+    code = errno.errorcode.get(error.errno or 0, "OSError")
+    return f"{path or error.filename or 'a file'}: {error.strerror or error} ({code})"

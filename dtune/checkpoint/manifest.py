@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtune import __version__
 from dtune.checkpoint.layout import (
     FORMAT_VERSION,
     INDEX,
@@ -18,13 +19,18 @@ from dtune.checkpoint.layout import (
     dump_json,
     hash_bytes,
     hash_file,
+    is_link_within,
     naming,
     rank_file,
     rng_file,
     step_name,
 )
+from dtune.checkpoint.visible import await_visible
 from dtune.errors import CheckpointError, ConfigError
 from dtune.runtime.world import World
+
+# What parsing raises of text that is not what it should be, nested too deeply included.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 
 Setting = str | int | float | bool | list[str]
 
@@ -43,6 +49,9 @@ class Identity:
     """For people; any engine reads what another wrote."""
     last_sequence: int = 0
     """Where ``train.epochs`` ends the data, which may change; 0: nowhere."""
+    defaults: Mapping[str, Setting] = field(default_factory=dict)
+    """Of those settings that have one. Not saved: they tell what a checkpoint was made with that
+    is older than a setting."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,18 @@ class Manifest:
     parameters: Mapping[str, tuple[int, ...]]
     """Trained parameters and their shapes."""
     files: Mapping[str, FileFact]
+    written_by: str = ""
+    """Version of dtune; empty where it did not say yet."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint is whole, as far as can be told, and of a format that came later."""
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """Bytes of ``manifest.json``: they carry their own checksum."""
     body = {"version": FORMAT_VERSION, **asdict(manifest)}
+    del body["identity"]["defaults"]
     return dump_json({"body": body, "checksum": hash_bytes(dump_json(body))})
 
 
@@ -68,6 +84,8 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
+    if file.is_symlink():
+        raise CheckpointError(f"{file} is a symbolic link, which no checkpoint has")
     with naming(file):
         raw = file.read_bytes()
     try:
@@ -77,12 +95,15 @@ def read_manifest(path: Path) -> Manifest:
         whole = dump_json(outer) == raw and hash_bytes(dump_json(body)) == checksum
         if not whole:
             raise CheckpointError(f"{file} is damaged: its checksum does not fit")
-        if body["version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file} has format version {body['version']}, this dtune reads {FORMAT_VERSION}"
+        if body["version"] > FORMAT_VERSION:
+            raise NewerFormatError(
+                f"{path} has format version {body['version']}, written by dtune "
+                f"{body.get('written_by') or 'of a later version'}; dtune {__version__} reads up "
+                f"to version {FORMAT_VERSION}. Update dtune (pip install --upgrade dtune), or go "
+                "on from a checkpoint of this version with resume=PATH"
             )
         manifest = _parse(body)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if step_name(manifest.step) != path.name:
         raise CheckpointError(f"{file} is of step {manifest.step}, not of this folder")
@@ -97,6 +118,7 @@ def _parse(body: dict[str, Any]) -> Manifest:
         identity=Identity(**body["identity"]),
         parameters={name: tuple(shape) for name, shape in body["parameters"].items()},
         files=files,
+        written_by=body.get("written_by", ""),
     )
     ranks = range(manifest.world_size)
     due = {INDEX, STATE, *map(rank_file, ranks), *map(rng_file, ranks)}
@@ -110,7 +132,9 @@ def find_damage(path: Path, manifest: Manifest, *, share: int = 0, of: int = 1) 
     damage = []
     for name in sorted(manifest.files)[share::of]:
         fact, file = manifest.files[name], path / name
-        if not file.is_file():
+        if is_link_within(path, name):
+            damage.append(f"{file} is a symbolic link, which no checkpoint has")
+        elif not file.is_file():
             damage.append(f"{file} is missing")
         elif (size := file.stat().st_size) != fact.size:
             damage.append(f"{file} has {size} bytes instead of {fact.size}")
@@ -121,11 +145,31 @@ def find_damage(path: Path, manifest: Manifest, *, share: int = 0, of: int = 1) 
 
 def verify(path: Path, world: World) -> list[str]:
     """What is wrong with a checkpoint, agreed by all ranks, each of which reads its share."""
+    seen = world.broadcast(_sizes(path) if world.is_first else {})
     try:
+        await_visible({path / name: size for name, size in seen.items()})
         damage = find_damage(path, read_manifest(path), share=world.rank, of=world.size)
     except (CheckpointError, OSError) as error:
         damage = [str(error)]
     return list(dict.fromkeys(line for lines in world.gather(damage) for line in lines))
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Size of every file of a folder, by its path in it."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+
+
+def newer_format(path: Path, world: World) -> str:
+    """What any rank says of a checkpoint of a later format; empty for one that can be read."""
+    said = ""
+    try:
+        read_manifest(path)
+    except NewerFormatError as error:
+        said = str(error)
+    except (CheckpointError, OSError):
+        pass  # Damaged, which is told by whoever verifies it.
+    return next(filter(None, world.gather(said)), "")
 
 
 def find_unlisted(path: Path, manifest: Manifest) -> list[str]:
@@ -136,8 +180,13 @@ def find_unlisted(path: Path, manifest: Manifest) -> list[str]:
 
 
 def check_identity(path: Path, saved: Identity, current: Identity) -> None:
-    """ConfigError that lists how the run differs from the one that wrote the checkpoint."""
-    before = {"model": saved.model, "data": saved.data, **saved.settings}
+    """ConfigError that lists how the run differs from the one that wrote the checkpoint.
+
+    A setting that came after the checkpoint counts as what it is by default.
+    """
+    added = {key: value for key, value in current.defaults.items() if key in current.settings}
+    before: dict[str, Setting] = {"model": saved.model, "data": saved.data}
+    before |= {**json.loads(dump_json(added)), **saved.settings}
     settings = json.loads(dump_json(current.settings))
     now = {"model": current.model, "data": current.data, **settings}
     keys = [*before, *(key for key in now if key not in before)]

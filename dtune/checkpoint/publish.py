@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from dtune import __version__
 from dtune.checkpoint.layout import (
     INDEX,
     MANIFEST,
@@ -23,8 +23,10 @@ from dtune.checkpoint.layout import (
     FileFact,
     Range,
     StoredTensor,
+    describe_error,
     dump_index,
     hash_bytes,
+    hash_file,
     naming,
     range_key,
     rank_file,
@@ -35,16 +37,15 @@ from dtune.checkpoint.manifest import Manifest, dump_manifest, find_damage, read
 from dtune.checkpoint.reader import find_gaps
 from dtune.checkpoint.retention import prune, publish_names
 from dtune.checkpoint.snapshot import Snapshot
+from dtune.checkpoint.visible import await_visible
 from dtune.errors import CheckpointError
-from dtune.runtime.files import TEMPORARY, sync_folder, write_durably
+from dtune.runtime.files import TEMPORARY, drop_from_memory, sync_folder, write_durably
+from dtune.runtime.lock import check_held
 from dtune.runtime.tensors import DTYPE_NAMES, TensorEntry, TensorWriter
 from dtune.runtime.world import World
 
 log = logging.getLogger("dtune")
 T = TypeVar("T")
-
-# A file of another host may show late on a network file system.
-VISIBLE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,19 @@ class RankPart:
     dtypes: Mapping[str, str]
 
 
-def write_step(snapshot: Snapshot, *, folder: Path, world: World, attempt: str, keep: int) -> None:
+def write_step(
+    snapshot: Snapshot,
+    *,
+    folder: Path,
+    world: World,
+    attempt: str,
+    keep: int,
+    read_back: bool,
+) -> None:
     """Write, publish and prune, or raise CheckpointError on every rank with nothing published.
 
-    A step that is there and whole is left as it is; a damaged one is kept under another name.
+    With ``read_back`` each rank reads what it has written from the disk before that. A step that
+    is there and whole is left as it is; a damaged one is kept under another name.
     ``world`` must talk over a group that no other thread uses.
     """
     name = step_name(snapshot.step)
@@ -69,6 +79,8 @@ def write_step(snapshot: Snapshot, *, folder: Path, world: World, attempt: str, 
         there, *_ = together(world, lambda: _prepare(folder / name, temporary, attempt, world))
         if not there:
             parts = together(world, lambda: _write_part(snapshot, temporary, world.rank))
+            if read_back:
+                together(world, lambda: _read_back(temporary, parts[world.rank]))
             together(world, lambda: _publish(snapshot, parts, temporary, folder / name, world))
     except CheckpointError as error:
         if world.is_first:
@@ -81,13 +93,15 @@ def write_step(snapshot: Snapshot, *, folder: Path, world: World, attempt: str, 
 
 
 def together(world: World, act: Callable[[], T]) -> list[T]:
-    """What ``act`` gave on each rank; CheckpointError on all ranks if it failed on one."""
+    """What ``act`` gave on each rank; CheckpointError on all ranks if one had it, or an OSError."""
     value: T | None = None
     failure = ""
     try:
         value = act()
     except CheckpointError as error:
         failure = str(error)
+    except OSError as error:
+        failure = describe_error(error)
     outcomes = world.gather((value, failure))
     failures = [
         f"rank {rank}: {text}" if world.size > 1 else text
@@ -149,6 +163,19 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileFact:
         return FileFact(path.stat().st_size, str(digest.hexdigest()))
 
 
+def _read_back(temporary: Path, part: RankPart) -> None:
+    """CheckpointError where the disk does not hold what this rank has written."""
+    for name, fact in part.files.items():
+        path = temporary / name
+        with naming(path):
+            drop_from_memory(path)
+            held = hash_file(path)
+        if held != fact.digest:
+            raise CheckpointError(
+                f"{path} does not hold what was written to it: is the disk sound?"
+            )
+
+
 def _publish(
     snapshot: Snapshot, parts: list[RankPart], temporary: Path, target: Path, world: World
 ) -> None:
@@ -159,8 +186,9 @@ def _publish(
     tensors = _join(parts)
     if gaps := find_gaps(tensors):
         raise CheckpointError(f"the engine left something out: {'; '.join(gaps[:3])}")
-    for name, fact in files.items():
-        _await_visible(temporary / name, fact.size)
+    await_visible({temporary / name: fact.size for name, fact in files.items()})
+    if taken := check_held(target.parent.parent):
+        raise CheckpointError(f"the run folder is in use by {taken}, which took this for dead")
     for name, data in ((INDEX, dump_index(tensors)), (STATE, snapshot.state)):
         with naming(temporary / name):
             write_durably(temporary / name, data)
@@ -170,7 +198,9 @@ def _publish(
         for name, tensor in tensors.items()
         if name.startswith(PARAM)
     }
-    manifest = Manifest(snapshot.step, world.size, snapshot.identity, parameters, files)
+    manifest = Manifest(
+        snapshot.step, world.size, snapshot.identity, parameters, files, __version__
+    )
     with naming(temporary / MANIFEST):
         write_durably(temporary / MANIFEST, dump_manifest(manifest))
         sync_folder(temporary / "rng")
@@ -207,18 +237,6 @@ def _ordered(name: str, ranges: list[Range]) -> tuple[Range, ...]:
                 f"{name} from {after.start} on is saved in {before.file} and in {after.file}"
             )
     return tuple(ordered)
-
-
-def _await_visible(path: Path, size: int) -> None:
-    """Wait until a file of another rank is seen here in its full size."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not path.is_file() or path.stat().st_size != size:
-        if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"{path} was written by another rank and is not seen here; run_dir must lie on a "
-                "file system that all hosts share"
-            )
-        time.sleep(0.1)
 
 
 def _announce(snapshot: Snapshot, folder: Path, keep: int, world: World) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dtune.checkpoint.layout import (
@@ -26,12 +27,14 @@ from dtune.checkpoint.layout import (
     step_name,
 )
 from dtune.checkpoint.manifest import (
+    MALFORMED,
     Identity,
     Manifest,
     check_identity,
     check_parameters,
     check_state,
     find_unlisted,
+    newer_format,
     read_manifest,
     verify,
 )
@@ -156,7 +159,7 @@ def open_checkpoint(path: Path) -> CheckpointInfo:
         state = json.loads((path / STATE).read_bytes())
         tensors = parse_index((path / INDEX).read_bytes())
         info = CheckpointInfo(path, manifest, state["scalars"], state["extra"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     files = {part.file for tensor in tensors.values() for part in tensor.ranges}
     if unknown := sorted(files - manifest.files.keys()):
@@ -200,7 +203,7 @@ def load_checkpoint(
     engine.load_state(CheckpointSource(info), info.scalars)
     saved_size = info.manifest.world_size
     if saved_size == world.size:
-        restore_rng(load_file(info.path / rng_file(world.rank)), world.device)
+        _restore_generators(info.path / rng_file(world.rank), world)
     elif world.is_first:
         log.warning(
             "%s was written by %d ranks and is read by %d: random streams (dropout) start anew",
@@ -208,6 +211,13 @@ def load_checkpoint(
             saved_size,
             world.size,
         )
+
+
+def _restore_generators(path: Path, world: World) -> None:
+    try:
+        restore_rng(load_file(path), world.device)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} holds no states of generators: {error!r}") from error
 
 
 def open_whole(path: Path, world: World) -> tuple[CheckpointInfo | None, list[str]]:
@@ -228,6 +238,9 @@ def _newest(folder: Path, world: World) -> CheckpointInfo | None:
     refused = []
     for step in reversed(world.broadcast(list_steps(folder))):
         path = folder / step_name(step)
+        if said := newer_format(path, world):
+            # Not passed over: what is in it would be lost.
+            raise CheckpointError(said)
         found, damage = open_whole(path, world)
         if found is not None:
             return found

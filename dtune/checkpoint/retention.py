@@ -16,7 +16,7 @@ def sweep(folder: Path) -> None:
     """Delete what earlier processes left unpublished."""
     for path in folder.glob(f"{TEMPORARY}*"):
         log.info("removing %s, left by an attempt that did not end", path)
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

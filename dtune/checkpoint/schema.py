@@ -15,6 +15,13 @@ class Best(Enum):
     exact_match = "exact_match"
 
 
+class OnError(Enum):
+    """What becomes of a run after a save that failed."""
+
+    stop = "stop"
+    go_on = "go_on"
+
+
 @dataclass
 class CheckpointConfig:
     """When a run is saved, and what is kept."""
@@ -28,6 +35,10 @@ class CheckpointConfig:
     best: Best = Best.loss
     # Write in a background thread after copying the state to host memory.
     asynchronous: bool = True
+    # Read every file back from the disk before the checkpoint is published.
+    read_back: bool = True
+    # After a save that failed: stop the run, or go_on to the next; one at the end always stops it.
+    on_error: OnError = OnError.stop
 
     def __post_init__(self) -> None:
         if self.every < 0:

@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Callable
 
 COMMANDS = (
-    *("train", "eval", "chat", "generate", "merge", "export"),
-    *("config", "plan", "doctor", "kernels"),
+    *("train", "eval", "chat", "generate", "merge", "convert", "export"),
+    *("config", "plan", "doctor", "kernels", "sweep"),
+    *("status", "logs", "cancel", "verify"),
 )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from dtune_launch.gpus import count_gpus
-from dtune_launch.local import run_job
+from dtune_launch.local import exit_code, run_job
 from dtune_launch.spec import JobSpec
+from dtune_launch.srun import become_rank, is_task
 
 from dtune.commands.own import ROOTS, Command, split_settings
 from dtune.errors import ConfigError
@@ -19,8 +21,8 @@ _CLUSTER = "--cluster"
 _USAGE = """dtune doctor                       versions, devices, and what is missing for what
 dtune doctor --cluster [settings]  ranks, ports, clocks, folder, speed between nodes
 
---cluster starts its ranks on this machine. For several, start it by torchrun on each of them:
-torchrun --nnodes=2 --nproc-per-node=8 ... -m dtune doctor --cluster
+Inside an allocation (sbatch, salloc) --cluster starts its ranks on all nodes of it; elsewhere on
+this machine. Under torchrun or srun each process is a rank.
 """
 
 
@@ -63,8 +65,12 @@ def _cluster(argv: list[str]) -> int:
     if command.asks_help(argv):
         return _help()
     settings, _ = split_settings(argv, ClusterSettings, command)
+    if is_task(os.environ):
+        become_rank()
     if "RANK" not in os.environ:
-        return _start_ranks(argv, settings.nproc)
+        nproc = int(settings.nproc) if settings.nproc != "auto" else count_gpus() or 2
+        in_allocation = "SLURM_JOB_ID" in os.environ
+        return _start_tasks(argv, nproc) if in_allocation else _start_ranks(argv, nproc)
     from dtune.runtime.world import World
 
     log = log_nccl()
@@ -77,13 +83,23 @@ def _cluster(argv: list[str]) -> int:
     return 1 if found.problems else 0
 
 
-def _start_ranks(argv: list[str], nproc: str) -> int:
+def _start_tasks(argv: list[str], nproc: int) -> int:
+    """Ranks on all nodes of the allocation."""
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    command = [
+        *("srun", f"--nodes={nodes}", f"--ntasks-per-node={nproc}"),
+        # Else srun takes the number of tasks, and one core for each, from the allocation.
+        *(f"--ntasks={nodes * nproc}", "--overcommit"),
+        *("--kill-on-bad-exit=1", sys.executable, "-m", "dtune_launch.srun"),
+        *("dtune", "doctor", _CLUSTER, *argv),
+    ]
+    return exit_code(subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode)
+
+
+def _start_ranks(argv: list[str], nproc: int) -> int:
+    """Ranks on this machine."""
     with tempfile.TemporaryDirectory(prefix="dtune-doctor-") as folder:
+        arguments = ("doctor", _CLUSTER, *argv)
         return run_job(
-            JobSpec(
-                module="dtune",
-                arguments=("doctor", _CLUSTER, *argv),
-                run_dir=Path(folder),
-                nproc=int(nproc) if nproc != "auto" else count_gpus() or 2,
-            )
+            JobSpec(module="dtune", arguments=arguments, run_dir=Path(folder), nproc=nproc)
         )

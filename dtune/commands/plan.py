@@ -30,7 +30,8 @@ def run(argv: list[str]) -> int:
     if text is None:
         return 0
     config = load_frozen(text)
-    world_size = resolve_nproc(config.launch, engine=config.parallel.name)
+    nproc = resolve_nproc(config.launch, engine=config.parallel.name)
+    world_size = nproc * config.launch.num_nodes
     check_run(config, world_size)
     built = _build(config)
     data, batch = _data_rows(config, world_size)
@@ -79,7 +80,7 @@ def _model_rows(run: RunConfig, built: BuiltModel) -> Rows:
 
 def _memory_rows(run: RunConfig, built: BuiltModel, world_size: int, batch: Batch | None) -> Rows:
     """What the fullest rank holds; turns the built model into tensors without values."""
-    from dtune.commands.plan_memory import memory_rows
+    from dtune.plan_memory import memory_rows
 
     return memory_rows(
         run, built, batch, world_size, accumulates=accumulation_steps(run, world_size) > 1

@@ -5,54 +5,86 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dtune_launch.gpus import count_gpus, resolve_nproc
-from dtune_launch.local import describe_job, run_job
-from dtune_launch.spec import JobSpec
+from dtune_launch.spec import JobSpec, LaunchConfig, LaunchError
+from dtune_launch.srun import become_rank, is_task
 
 from dtune.config.compose import compose
 from dtune.config.freeze import load_frozen
 from dtune.config.support import check_run
 from dtune.errors import ConfigError
-from dtune.run_folder import start_run_folder
-from dtune.runtime.status import EXIT_CODES, State, read_status
+from dtune.run_folder import check_run_folder, occupied_run_folder, withdraw_start
+from dtune.runtime.signals import SIGNALS, StopRequest
+from dtune.runtime.status import EXIT_CODES, State, Status, read_status, write_status
+from dtune.sweep.ended import exit_code as exit_code_of_sweep
+
+STOPPED = frozenset(128 + number for number in SIGNALS)
+"""Exit codes of a job that a signal has ended."""
 
 
 def run(argv: list[str]) -> int:
     """Train as the settings say; the exit code of ``dtune``."""
+    with StopRequest().in_charge() as stop:
+        return _run(argv, stop)
+
+
+def _run(argv: list[str], stop: StopRequest) -> int:
+    if is_task(os.environ):
+        become_rank()
     if "RANK" in os.environ:
-        return _run_as_rank(argv)
+        return _run_as_rank(argv, stop)
     text = compose("train", argv)
     if text is None:
-        return 0
+        return exit_code_of_sweep()
     config = load_frozen(text)
-    world_size = resolve_nproc(config.launch, engine=config.parallel.name)
-    check_run(config, world_size)
+    nproc = resolve_nproc(config.launch, engine=config.parallel.name)
+    check_run(config, nproc * config.launch.num_nodes)
     job = JobSpec(
         module="dtune.worker",
         arguments=(config.run_dir,),
         run_dir=Path(config.run_dir),
-        nproc=world_size,
+        nproc=nproc,
         max_restarts=config.launch.max_restarts,
     )
     if config.launch.dry_run:
-        sys.stdout.write(describe_launch(job, argv) + "\n")
+        sys.stdout.write(describe_launch(job, argv, config.launch) + "\n")
         return 0
-    check_gpus(world_size)
-    start_run_folder(config, text, command=["dtune", "train", *argv])
-    return launch(job)
+    if config.launch.gpus_of_node is None:
+        check_gpus(nproc)
+    with said_by_launcher():
+        for warning in config.launch.check(job.run_dir):
+            sys.stderr.write(f"dtune: {warning}\n")
+    if not config.launch.writes_folder:
+        return launch(job, config.launch, stop)
+    check_run_folder(config)
+    with said_by_launcher():
+        config.launch.try_submission(job)
+    with occupied_run_folder(config, text, command=["dtune", "train", *argv]):
+        return launch(job, config.launch, stop)
 
 
-def describe_launch(job: JobSpec, settings: Sequence[str]) -> str:
+@contextmanager
+def said_by_launcher() -> Iterator[None]:
+    """Launchers know nothing of dtune's errors: what they refuse is a ConfigError here."""
+    try:
+        yield
+    except LaunchError as error:
+        raise ConfigError(str(error)) from error
+
+
+def describe_launch(job: JobSpec, settings: Sequence[str], launcher: LaunchConfig) -> str:
     """What a shell would run in place of dtune: freeze the config, then start the job on it."""
     own = ("run_dir=", "launch.dry_run=")
     given = [setting for setting in settings if not setting.lstrip("+").startswith(own)]
     config = [sys.executable, "-m", "dtune", "config", *given, f"run_dir={job.run_dir}"]
     folder = shlex.quote(str(job.run_dir))
     freezing = f"mkdir -p {folder} && {shlex.join(config)} > {folder}/config.yaml"
-    return f"{freezing}\n{describe_job(job)}"
+    with said_by_launcher():
+        return f"{freezing}\n{launcher.describe(job)}"
 
 
 def check_gpus(processes: int) -> None:
@@ -65,22 +97,42 @@ def check_gpus(processes: int) -> None:
         )
 
 
-def launch(job: JobSpec) -> int:
-    """Run a job on this machine: in this process for one rank, through torchrun for several."""
-    if job.nproc == 1 and job.max_restarts == 0:
+def launch(job: JobSpec, launcher: LaunchConfig, stop: StopRequest) -> int:
+    """Start a job, wait for its end unless it is only submitted; the exit code of ``dtune``."""
+    ended: list[int] = []
+
+    def in_process(arguments: list[str]) -> int:
         from dtune.worker import main
 
-        return main(list(job.arguments))
-    code = run_job(job)
+        ended.append(main(arguments, stop))
+        return ended[0]
+
+    # From here on the ranks are told.
+    stop.install()
+    try:
+        code = launcher.start(job, in_process)
+    except LaunchError as error:
+        withdraw_start(job.run_dir)
+        raise ConfigError(str(error)) from error
+    if code is None or ended:
+        return code or 0
     status = read_status(job.run_dir) if (job.run_dir / "status.json").is_file() else None
     if status is None:
         return code or 1
+    if status.state is State.running and (stop.is_set or code in STOPPED):
+        # The ranks ended before they could say it: there was nothing to save.
+        status = Status(State.preempted, step=status.step)
+        write_status(job.run_dir, status)
     if status.state in (State.config_error, State.diverged):
         sys.stderr.write(f"dtune: {status.message}\n")
+    elif status.state is State.failed and status.rank:
+        # The first rank has said its own.
+        failed = f"rank {status.rank} failed at step {status.step}: {status.message}"
+        sys.stderr.write(f"dtune: {failed}\n{status.traceback}")
     return EXIT_CODES[status.state]
 
 
-def _run_as_rank(argv: list[str]) -> int:
+def _run_as_rank(argv: list[str], stop: StopRequest) -> int:
     """This process was started by torchrun: the first rank composes, the others are told."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     text = ""
@@ -91,12 +143,20 @@ def _run_as_rank(argv: list[str]) -> int:
         text = composed
         config = load_frozen(text)
         check_run(config, world_size)
-        check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
-        start_run_folder(config, text, command=["dtune", "train", *argv])
+        # Slurm may show each task its own GPU alone.
+        if "DTUNE_SRUN" not in os.environ or count_gpus() != 1:
+            check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]))
+        with occupied_run_folder(config, text, command=["dtune", "train", *argv]):
+            return _join_ranks(text, stop)
+    return _join_ranks(text, stop)
+
+
+def _join_ranks(text: str, stop: StopRequest) -> int:
+    """Train as one rank of several; the first gives the config to the others."""
     # Only now, because the first rank answers a wrong config before torch is imported.
     from dtune.runtime.world import World
     from dtune.worker import run_worker
 
     world = World.start()
     config = load_frozen(world.broadcast(text))
-    return run_worker(config, world)
+    return run_worker(config, world, stop=stop)

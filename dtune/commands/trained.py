@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtune_launch.spec import LaunchConfig
+from dtune_launch.schema.local import LocalConfig
 
 from dtune.config.compose import check_flags, compose
 from dtune.config.freeze import load_frozen, read_frozen
@@ -82,7 +82,7 @@ def without_training(config: RunConfig) -> RunConfig:
         parallel=SingleConfig(),
         optim=AdamwConfig(),
         log=LogConfig(),
-        launch=LaunchConfig(),
+        launch=LocalConfig(),
     )
 
 

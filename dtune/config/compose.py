@@ -10,14 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dtune.config.freeze import explain_omegaconf, freeze
 from dtune.config.run import POLYMORPHIC, RunConfig
-from dtune.config.suggest import did_you_mean, near_keys, near_options
+from dtune.config.suggest import did_you_mean, near_keys, near_options, truth_keys
+from dtune.config.values import check_truth
 from dtune.errors import ConfigError
 from dtune.resources import find_data
 
@@ -28,7 +35,7 @@ HYDRA_FLAGS = frozenset(
 )
 
 # Keys whose own keys are not ours to name.
-OPEN_KEYS = ("peft.options",)
+OPEN_KEYS = ("peft.options", "data.columns")
 
 
 def register_schemas() -> None:
@@ -52,6 +59,7 @@ def compose(config_name: str, argv: Sequence[str]) -> str | None:
         return None
     register_schemas()
     check_flags(argv)
+    check_truths(argv)
     composed: list[DictConfig] = []
 
     def keep(config: DictConfig) -> None:
@@ -60,11 +68,8 @@ def compose(config_name: str, argv: Sequence[str]) -> str | None:
     # An absolute folder: the same for a wheel, an editable install and any working directory.
     folder = str(find_data("conf", f"{config_name}.yaml"))
     app = hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(keep)
-    with _arguments([sys.argv[0], *_both_spellings(argv)]), _full_errors():
-        try:
-            app()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise explain(error) from error
+    with _arguments([sys.argv[0], *_both_spellings(argv)]), _full_errors(), _explained(argv):
+        app()
     return freeze(composed[0]) if composed else None
 
 
@@ -72,11 +77,8 @@ def compose_overrides(config_name: str, overrides: Sequence[str]) -> str:
     """Compose without a command line: the frozen text for the overrides."""
     register_schemas()
     folder = str(find_data("conf", f"{config_name}.yaml"))
-    try:
-        with hydra.initialize_config_dir(folder, version_base="1.3"):
-            return freeze(hydra.compose(config_name, list(_both_spellings(overrides))))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+    with _explained(overrides), hydra.initialize_config_dir(folder, version_base="1.3"):
+        return freeze(hydra.compose(config_name, list(_both_spellings(overrides))))
 
 
 def help_text() -> str:
@@ -115,6 +117,14 @@ def check_flags(argv: Sequence[str]) -> None:
         )
 
 
+def check_truths(argv: Sequence[str]) -> None:
+    """Refuse numbers other than 0 and 1 for what is true or false: OmegaConf takes any for true."""
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") in truth_keys():
+            check_truth(key.lstrip("+"), value)
+
+
 def _both_spellings(argv: Sequence[str]) -> Iterator[str]:
     # Hydra takes experiment=x or +experiment=x, depending on the defaults list; users type either.
     # It takes keys that no schema names only with ++ before them.
@@ -149,11 +159,38 @@ def _full_errors() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+@contextmanager
+def _explained(argv: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra, OmegaConf and YAML raise for a wrong setting or file into a ConfigError."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"a file of the config cannot be read: {error}") from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override must be"):
+            raise
+        groups = [argument for argument in argv if is_of_group(argument)]
+        raise ConfigError(f"{' or '.join(groups)}: a group takes the name of an option") from error
+
+
+def is_of_group(argument: str) -> bool:
+    """Whether a setting is of a whole group, or of nothing."""
+    key = argument.split("=", 1)[0].lstrip("+~")
+    return not key or (find_data("conf", "train.yaml") / key).is_dir()
+
+
 def explain(error: HydraException | OmegaConfBaseException) -> ConfigError:
     """Say a Hydra or OmegaConf error in dtune's words, with the nearest right names."""
     if isinstance(error, OmegaConfBaseException):
         return explain_omegaconf(error)
     text = str(error).strip()
+    if isinstance(error, OverrideParseException):
+        reason = text.splitlines()[0].removeprefix("LexerNoViableAltException: ")
+        given = error.override
+        why = "it is neither key=value nor group=option" if given == reason else reason
+        return ConfigError(f"{given}: {why}; quote what is not plain, as in 'key=\"a: b\"'")
     if isinstance(error, MissingConfigException):
         return _explain_option(text)
     if isinstance(error, ConfigCompositionException):

@@ -11,7 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from dtune.config.run import POLYMORPHIC, RunConfig
+from dtune.config.secret import check_settings
 from dtune.config.suggest import did_you_mean, near_keys, near_options
+from dtune.config.text import check_text
+from dtune.config.values import check_kinds, check_values
 from dtune.errors import ConfigError
 
 _LOCAL_PATHS = (
@@ -29,16 +32,20 @@ def freeze(config: DictConfig) -> str:
     Paths of files that exist are made absolute, so that the text means the same from any folder.
     Raises ConfigError for a required key without a value and for every unknown or ill-typed one.
     """
-    absent = [group for group in POLYMORPHIC if OmegaConf.is_missing(config, group)]
-    missing = absent or sorted(OmegaConf.missing_keys(config))
+    try:
+        absent = [group for group in POLYMORPHIC if OmegaConf.is_missing(config, group)]
+        missing = absent or sorted(OmegaConf.missing_keys(config))
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise explain_omegaconf(error) from error
     if missing:
         raise ConfigError(
             f"no value for {', '.join(missing)}; set it on the command line, key=value"
         )
-    try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise explain_omegaconf(error) from error
+    if not str(config.run_dir).strip() or "\0" in str(config.run_dir):
+        # Else it would become the working directory.
+        raise ConfigError(f"run_dir={str(config.run_dir)!r} is no path; name the folder of the run")
+    check_settings(OmegaConf.to_container(config))
     for key in ("run_dir", *_LOCAL_PATHS):
         value = str(OmegaConf.select(config, key))
         path = Path(value).expanduser()
@@ -54,13 +61,12 @@ def load_frozen(text: str, overrides: list[str] | None = None) -> RunConfig:
 
     ``overrides`` are ``key=value`` settings put over it, as strictly.
     """
+    check_text(text)
     try:
         raw = OmegaConf.create(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the config is not YAML: {error}") from error
-    if not isinstance(raw, DictConfig):
-        raise ConfigError("the config is not a mapping of keys to values")
-    try:
+        assert isinstance(raw, DictConfig), "check_text lets only a mapping pass"
+        if missing := sorted(OmegaConf.missing_keys(raw)):
+            raise ConfigError(f"no value for {', '.join(missing)}")
         if overrides:
             raw = cast(DictConfig, OmegaConf.merge(raw, OmegaConf.from_dotlist(overrides)))
         typed = OmegaConf.structured(RunConfig)
@@ -73,15 +79,22 @@ def load_frozen(text: str, overrides: list[str] | None = None) -> RunConfig:
                     f"one of {', '.join(registry.names())}"
                 )
             typed[group] = OmegaConf.structured(registry.config(name))
-        run = OmegaConf.to_object(OmegaConf.merge(typed, raw))
+        merged = OmegaConf.merge(typed, raw)
+        assert isinstance(merged, DictConfig)
+        check_kinds(merged, raw)
+        run = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise explain_omegaconf(error) from error
+    except yaml.YAMLError as error:
+        # A key that comes twice.
+        raise ConfigError(f"the config is not YAML: {error}") from error
     except ConfigError:
         raise
     except ValueError as error:
         # dtune_launch knows nothing of dtune's errors; its configs raise ValueError.
         raise ConfigError(str(error)) from error
     assert isinstance(run, RunConfig)
+    check_values(run)
     return run
 
 
@@ -90,7 +103,13 @@ def read_frozen(run_dir: str | Path, overrides: list[str] | None = None) -> RunC
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"run_dir={run_dir} holds no config.yaml: it is not the folder of a run")
-    return load_frozen(path.read_text(encoding="utf-8"), overrides)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    return load_frozen(text, overrides)
 
 
 def explain_omegaconf(error: OmegaConfBaseException) -> ConfigError:

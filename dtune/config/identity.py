@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -14,7 +15,7 @@ from dtune.checkpoint.manifest import Identity, Setting
 from dtune.config.run import RunConfig
 from dtune.models.load import model_folder
 from dtune.models.schema import Init, ModelConfig
-from dtune.models.weights import INDEX, SINGLE
+from dtune.models.weights import files_by_tensor
 
 # Of each file of weights: enough to tell two fine-tunes of one base apart, at no cost.
 _SAMPLES = 16
@@ -37,21 +38,31 @@ def identity_of(run: RunConfig, data_fingerprint: str, *, last_sequence: int) ->
         settings["data.max_length"] = run.data.max_length
     if run.model.added_tokens:
         settings["model.added_tokens"] = list(run.model.added_tokens)
+    defaults: dict[str, Setting] = {}
     for group, config in (("peft", run.peft), ("quant", run.quant)):
         for field in fields(config):
             # Where the first values came from is of no matter any more.
-            if field.name != "init_from":
-                value = getattr(config, field.name)
-                settings[f"{group}.{field.name}"] = (
-                    value.value if isinstance(value, Enum) else value
-                )
+            if field.name == "init_from":
+                continue
+            key = f"{group}.{field.name}"
+            settings[key] = _plain(getattr(config, field.name))
+            if field.default is not MISSING:
+                defaults[key] = _plain(field.default)
+            elif field.default_factory is not MISSING:
+                defaults[key] = _plain(field.default_factory())
     return Identity(
         model=model_identity(run.model, seed=run.seed),
         data=data_fingerprint,
         settings=settings,
         engine=run.parallel.name,
         last_sequence=last_sequence,
+        defaults=defaults,
     )
+
+
+def _plain(value: Any) -> Setting:
+    setting: Setting = value.value if isinstance(value, Enum) else value
+    return setting
 
 
 def model_identity(config: ModelConfig, *, seed: int) -> str:
@@ -69,7 +80,7 @@ def model_identity(config: ModelConfig, *, seed: int) -> str:
 
 
 def _weight_facts(folder: Path) -> Iterator[bytes]:
-    for path in _weight_files(folder):
+    for path in sorted(set(files_by_tensor(folder).values())):
         size = path.stat().st_size
         yield size.to_bytes(8, "little")
         with path.open("rb") as file:
@@ -78,14 +89,6 @@ def _weight_facts(folder: Path) -> Iterator[bytes]:
             for sample in range(_SAMPLES):
                 file.seek(start + (size - start) * sample // _SAMPLES)
                 yield file.read(_SAMPLE_BYTES)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.is_file():
-        return [folder / SINGLE]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
 
 
 def _hash(parts: Iterator[bytes] | list[bytes]) -> str:

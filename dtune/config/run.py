@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dtune_launch.schema import launchers
 from dtune_launch.spec import LaunchConfig
 from omegaconf import MISSING
 
@@ -21,7 +22,14 @@ from dtune.peft.schema import PEFT, PeftConfig
 from dtune.quant.schema import QUANT, QuantConfig
 from dtune.registry import Registry
 from dtune.runtime.schema import LogConfig, PrecisionConfig
+from dtune.runtime.watch.schema import WatchConfig
+from dtune.train.guard_schema import GuardConfig
 from dtune.train.schema import TrainConfig
+
+LAUNCH: Registry[LaunchConfig] = Registry("launch", LaunchConfig, "dtune_launch.schema")
+# They know the standard library only, and so not how to register.
+for _launcher in launchers().values():
+    LAUNCH.register(_launcher)
 
 POLYMORPHIC: dict[
     str,
@@ -29,13 +37,15 @@ POLYMORPHIC: dict[
     | Registry[PeftConfig]
     | Registry[ParallelConfig]
     | Registry[ObjectiveConfig]
-    | Registry[OptimConfig],
+    | Registry[OptimConfig]
+    | Registry[LaunchConfig],
 ] = {
     "quant": QUANT,
     "peft": PEFT,
     "parallel": PARALLEL,
     "objective": OBJECTIVES,
     "optim": OPTIM,
+    "launch": LAUNCH,
 }
 """Groups whose keys depend on the chosen option."""
 
@@ -61,10 +71,12 @@ class RunConfig:
     optim: OptimConfig = MISSING
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    launch: LaunchConfig = MISSING
 
     def __post_init__(self) -> None:
         if not self.run_dir:

@@ -58,17 +58,18 @@ SYNONYMS = {
 }
 
 
-def _keys(config: type, prefix: str) -> Iterable[str]:
+def _keys(config: type, prefix: str, *, of: type | None = None) -> Iterable[str]:
+    """Dotted keys, those of one type alone where ``of`` names it."""
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         key = f"{prefix}{field.name}"
         if prefix == "" and field.name in POLYMORPHIC:
             registry = POLYMORPHIC[field.name]
             for name in registry.names():
-                yield from _keys(registry.config(name), f"{key}.")
+                yield from _keys(registry.config(name), f"{key}.", of=of)
         elif dataclasses.is_dataclass(hints[field.name]):
-            yield from _keys(hints[field.name], f"{key}.")
-        elif field.name != "name":
+            yield from _keys(hints[field.name], f"{key}.", of=of)
+        elif field.name != "name" and of in (None, hints[field.name]):
             yield key
 
 
@@ -76,6 +77,12 @@ def _keys(config: type, prefix: str) -> Iterable[str]:
 def all_keys() -> tuple[str, ...]:
     """Every key that some config has, dotted, without duplicates."""
     return tuple(dict.fromkeys(_keys(RunConfig, "")))
+
+
+@cache
+def truth_keys() -> frozenset[str]:
+    """Keys that are true or false."""
+    return frozenset(_keys(RunConfig, "", of=bool))
 
 
 def near_keys(key: str) -> list[str]:

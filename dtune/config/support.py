@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dtune.checkpoint.schema import Best
+from dtune.config.places import check_places
 from dtune.config.run import POLYMORPHIC, RunConfig
 from dtune.data.schema import Format
 from dtune.errors import ConfigError
@@ -14,6 +15,7 @@ from dtune.peft.schema.hf import READS_WEIGHT, HfConfig
 from dtune.peft.schema.prompt import PromptConfig, PromptInit
 from dtune.runtime.capabilities import require
 from dtune.runtime.schema import Precision, Recompute
+from dtune.runtime.watch.schema import OnHang
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,12 @@ def check_run(run: RunConfig, world_size: int) -> None:
     _check_world(run, world_size)
     _check_data(run)
     _check_evaluation(run)
+    check_places(run)
+    if run.watch.on_hang is OnHang.restart and run.launch.max_restarts == 0:
+        raise ConfigError(
+            "watch.on_hang=restart needs launch.max_restarts of at least 1; set "
+            "launch.max_restarts=1, or watch.on_hang=stop"
+        )
     if 0 < run.train.max_steps <= run.schedule.warmup_steps:
         raise ConfigError(
             f"schedule.warmup_steps={run.schedule.warmup_steps} leaves none of "
@@ -226,7 +234,7 @@ def _check_packages(run: RunConfig) -> None:
 def _check_world(run: RunConfig, world_size: int) -> None:
     if run.parallel.name == "single" and world_size > 1:
         raise ConfigError(
-            f"parallel=single runs in one process, launch.nproc asks for {world_size}; "
+            f"parallel=single runs in one process, launch={run.launch.name} starts {world_size}; "
             "use parallel=ddp (the model fits on one device) or parallel=fsdp"
         )
     micro, total = run.train.micro_batch_size, run.train.global_batch_size

@@ -16,6 +16,8 @@ from dtune.data.report import DataReport, Dropped
 from dtune.types import IGNORE_INDEX, Example
 
 _META = "meta.json"
+LEFT_OUT = "left_out.jsonl"
+"""Every row that is not in the data set: where it came from, and why not."""
 _FLUSH_TOKENS = 1 << 20
 
 # File -> dtype. tokens and trained run over all rows, one after another; so does origins, the
@@ -40,6 +42,8 @@ class TokenDataset:
     lengths: npt.NDArray[np.int64]
     """Tokens of each row."""
     arrays: dict[str, npt.NDArray[Any]]
+    left_out: Path
+    """File with a line of JSON for each row that was left out."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -73,6 +77,7 @@ class DatasetWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+        self._files[LEFT_OUT] = (folder / LEFT_OUT).open("wb")
         self._tokens: array[int] = array("i")
         self._trained = bytearray()
         self._hash = hashlib.sha256()
@@ -98,6 +103,11 @@ class DatasetWriter:
         self._origin_offsets.append(self._origin_offsets[-1] + len(encoded))
         if len(self._tokens) >= _FLUSH_TOKENS:
             self._flush()
+
+    def leave_out(self, origin: str, why: str) -> None:
+        """List one row that is not added."""
+        line = json.dumps({"row": origin, "why": why}, ensure_ascii=False) + "\n"
+        self._files[LEFT_OUT].write(line.encode(errors="backslashreplace"))
 
     def _flush(self) -> None:
         assert self._tokens.itemsize == np.int32().itemsize
@@ -153,4 +163,5 @@ def load_dataset_folder(folder: Path) -> TokenDataset | None:
         report=DataReport(**fields),
         lengths=np.diff(arrays["offsets"]),
         arrays=arrays,
+        left_out=folder / LEFT_OUT,
     )

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtune.data.readers import RawRow, describe
-from dtune.data.schema import Format
-from dtune.errors import ConfigError, DataError
+from dtune.data.schema import REQUIRED, Format
+from dtune.errors import DataError
 from dtune.types import Message, Row
-
-TASK = "task"
-"""Column that groups rows in the report of an evaluation, where there is one."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -69,7 +66,7 @@ class Columns:
             raise self.wrong(f"text in column {self.renames.get(name, name)!r}", value)
         if not value.strip():
             raise self.wrong(f"text that is not blank in column {name!r}", value)
-        return value
+        return self.clean(value, f"column {self.renames.get(name, name)!r}")
 
     def optional(self, name: str) -> str:
         """Text of a column, empty where it is missing, null or blank."""
@@ -78,7 +75,21 @@ class Columns:
             return ""
         if not isinstance(value, str):
             raise self.wrong(f"text in column {self.renames.get(name, name)!r}", value)
-        return value if value.strip() else ""
+        where = f"column {self.renames.get(name, name)!r}"
+        return self.clean(value, where) if value.strip() else ""
+
+    def clean(self, value: str, where: str) -> str:
+        """The text itself, if it is text that a tokenizer takes."""
+        if "\0" in value:
+            raise self.wrong(f"text without NUL characters in {where}", value)
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                # JSON can write half of a character of two code units.
+                half = repr(error.object[error.start])
+                raise self.wrong(f"whole characters in {where}", half) from error
+        return value
 
     def objects(self, name: str) -> list[dict[str, Any]]:
         """List of objects that must be there and not be empty."""
@@ -132,7 +143,7 @@ def from_sharegpt(columns: Columns) -> Turns:
     turns = [Message("system", system)] if system else []
     for turn in columns.objects("conversations"):
         speaker = turn.get("from")
-        if speaker not in _SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             raise columns.wrong(f"'from' to be one of {', '.join(_SHAREGPT_ROLES)}", speaker)
         turns.append(_turn(columns, _SHAREGPT_ROLES[speaker], turn.get("value")))
     return _check_turns(columns, tuple(turns))
@@ -147,7 +158,7 @@ def _turn(columns: Columns, role: object, content: object) -> Message:
         raise columns.wrong(f"text of the {role}'s turn", content)
     if role != "system" and not content.strip():
         raise columns.wrong(f"text of the {role}'s turn that is not blank", content)
-    return Message(role, content)
+    return Message(columns.clean(role, "a role"), columns.clean(content, f"the {role}'s turn"))
 
 
 def _join_parts(columns: Columns, parts: list[Any]) -> str:
@@ -165,50 +176,20 @@ def _check_turns(columns: Columns, turns: Turns) -> Turns:
     return turns
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """How rows of one format are read."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    convert: Callable[[Columns], Turns] | None
-    """None: the required column is plain text."""
-
-
-_READINGS = {
-    Format.alpaca: _Reading(("instruction", "output"), ("input", "system"), from_alpaca),
-    Format.messages: _Reading(("messages",), (), from_messages),
-    Format.sharegpt: _Reading(("conversations",), ("system",), from_sharegpt),
-    Format.prompt_completion: _Reading(
-        ("prompt", "completion"), ("system",), from_prompt_completion
-    ),
-    Format.text: _Reading(("text",), (), None),
+_CONVERTERS: dict[Format, Callable[[Columns], Turns] | None] = {
+    Format.alpaca: from_alpaca,
+    Format.messages: from_messages,
+    Format.sharegpt: from_sharegpt,
+    Format.prompt_completion: from_prompt_completion,
+    # The required column is plain text.
+    Format.text: None,
 }
-
-
-def check_columns(form: Format, renames: Mapping[str, str]) -> None:
-    """Check that data.columns renames only columns that the format has.
-
-    Raises:
-        ConfigError: It does not; names the nearest.
-    """
-    known = [*_READINGS[form].required, *_READINGS[form].optional, TASK]
-    for name in renames:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"data.columns renames {name!r}, which data.format={form.value} does not have; it "
-                f"has {', '.join(known)}{hint}"
-            )
 
 
 def guess_formats(columns: Mapping[str, object]) -> list[str]:
     """Names of the formats whose required columns a row has."""
     return [
-        form.value
-        for form, reading in _READINGS.items()
-        if all(name in columns for name in reading.required)
+        form.value for form, names in REQUIRED.items() if all(name in columns for name in names)
     ]
 
 
@@ -221,7 +202,7 @@ def parse_row(index: int, raw: RawRow, form: Format, renames: Mapping[str, str])
     if raw.problem:
         raise DataError(f"{raw.origin}: {raw.problem}")
     columns = Columns(raw, renames)
-    reading = _READINGS[form]
-    if reading.convert is None:
-        return Row(index, raw.origin, text=columns.text(reading.required[0]))
-    return Row(index, raw.origin, messages=reading.convert(columns))
+    convert = _CONVERTERS[form]
+    if convert is None:
+        return Row(index, raw.origin, text=columns.text(REQUIRED[form][0]))
+    return Row(index, raw.origin, messages=convert(columns))

@@ -172,11 +172,13 @@ def check_batch_sizes(*, micro_batch_size: int, global_batch_size: int, world_si
     accumulation, rest = divmod(global_batch_size, together)
     if rest or not accumulation:
         nearest = max(1, round(global_batch_size / together)) * together
+        other = ""
+        if global_batch_size % world_size == 0:
+            other = f", or train.micro_batch_size to a divisor of {global_batch_size // world_size}"
         raise ConfigError(
             f"train.global_batch_size={global_batch_size} is not a multiple of "
             f"train.micro_batch_size={micro_batch_size} x {world_size} processes = {together}; "
-            f"set train.global_batch_size={nearest}, or train.micro_batch_size to a divisor of "
-            f"{global_batch_size / world_size:g}"
+            f"set train.global_batch_size={nearest}{other}"
         )
     return accumulation
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from dtune.data.formats import TASK
-from dtune.data.schema import DataConfig
+from dtune.data.schema import TASK, DataConfig
 from dtune.data.tokenize import Part
 from dtune.errors import DataError
 from dtune.types import Objective, Row

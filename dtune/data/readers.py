@@ -17,6 +17,8 @@ from dtune.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _JSON_BLANKS = " \t\r\n"
+# Rows of a Parquet file that are made Python objects together.
+_SLICE = 256
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,40 @@ def read_jsonl(path: Path) -> Iterator[RawRow]:
                 yield _parse_line(line, f"{path}:{number}")
 
 
+class _Pairs:
+    """Makes the objects of JSON, and remembers a key that came twice in one of them."""
+
+    def __init__(self) -> None:
+        self.twice = ""
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Called by the decoder for each object."""
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice = next(repr(name) for name in names if names.count(name) > 1)
+        return made
+
+    def row(self, value: object, origin: str) -> RawRow:
+        """The row that a value is, if it is one; forgets what came twice in it."""
+        twice, self.twice = self.twice, ""
+        if not isinstance(value, dict):
+            return RawRow(origin, problem=f"expected a JSON object, found {describe(value)}")
+        if twice:
+            return RawRow(origin, problem=f"expected each key once, found {twice} twice")
+        return RawRow(origin, value)
+
+
 def _parse_line(line: bytes, origin: str) -> RawRow:
+    pairs = _Pairs()
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=pairs)
     except UnicodeDecodeError as error:
         return RawRow(origin, problem=f"expected UTF-8, found {_bad_bytes(error)}")
     except (ValueError, RecursionError) as error:
         found = _bad_json(error)
         return RawRow(origin, problem=f"expected one JSON object on the line, found: {found}")
-    if not isinstance(value, dict):
-        return RawRow(origin, problem=f"expected a JSON object, found {describe(value)}")
-    return RawRow(origin, value)
+    return pairs.row(value, origin)
 
 
 def _bad_json(error: Exception) -> str:
@@ -91,7 +116,8 @@ def read_json(path: Path) -> Iterator[RawRow]:
 
 def _parse_list(text: str, position: int, path: Path) -> Iterator[RawRow]:
     """Elements one after another, so that each is known by its line."""
-    decoder = json.JSONDecoder()
+    pairs = _Pairs()
+    decoder = json.JSONDecoder(object_pairs_hook=pairs)
     line, counted = 1, 0
     position = _skip_blanks(text, position)
     closed = text[position : position + 1] == "]"
@@ -110,11 +136,7 @@ def _parse_list(text: str, position: int, path: Path) -> Iterator[RawRow]:
             end_line = text.count("\n", 0, position) + 1
             found = repr(separator) if separator else "the end of the file"
             raise DataError(f"{path}:{end_line}: expected , or ] after an element, found {found}")
-        origin = f"{path}:{line}"
-        if isinstance(value, dict):
-            yield RawRow(origin, value)
-        else:
-            yield RawRow(origin, problem=f"expected a JSON object, found {describe(value)}")
+        yield pairs.row(value, f"{path}:{line}")
         closed = separator == "]"
         if not closed:
             position = _skip_blanks(text, position + 1)
@@ -197,12 +219,33 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
     try:
         with pq.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for columns in batch.to_pylist():
-                    number += 1
-                    yield RawRow(f"{path}:{number}", columns)
+            for part in _slices(file.iter_batches(batch_size=1024)):
+                yield from _parse_slice(part, path, number)
+                number += part.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: expected a Parquet file, found: {error}") from error
+
+
+def _slices(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        for at in range(0, batch.num_rows, _SLICE):
+            yield batch.slice(at, _SLICE)
+
+
+def _parse_slice(batch: Any, path: Path, number: int) -> Iterator[RawRow]:
+    """Rows of a part of a file; one by one where it has text that is not UTF-8."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            problem = f"expected UTF-8, found {_bad_bytes(error)}"
+            yield RawRow(f"{path}:{number + 1}", problem=problem)
+            return
+        for at in range(batch.num_rows):
+            yield from _parse_slice(batch.slice(at, 1), path, number + at)
+        return
+    for at, columns in enumerate(rows, start=1):
+        yield RawRow(f"{path}:{number + at}", columns)
 
 
 def read_text(path: Path) -> Iterator[RawRow]:

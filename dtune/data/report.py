@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_EXAMPLES = 5
+EXAMPLES = 10
+_SHOWN = 5
 _PERCENTILES = (5, 50, 95, 100)
 
 
@@ -24,7 +25,7 @@ class Dropped:
         """Count one row."""
         self.rows += 1
         self.tokens += tokens
-        if len(self.examples) < _EXAMPLES:
+        if len(self.examples) < EXAMPLES:
             self.examples.append(message)
 
 
@@ -53,6 +54,11 @@ class DataReport:
         """Share of the kept tokens that are predicted in training."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
+    @property
+    def rows_bad(self) -> int:
+        """Rows that data.on_bad_row=skip has left out."""
+        return self.bad.rows + self.untrained.rows
+
     def count_lengths(self, lengths: array[int]) -> None:
         """Set the percentiles."""
         found = np.percentile(np.asarray(lengths), _PERCENTILES, method="nearest")
@@ -76,5 +82,6 @@ class DataReport:
         )
         for dropped, what in drops:
             if dropped.rows:
-                lines.append(f"{dropped.rows} {what}, first: " + "; ".join(dropped.examples))
+                first = "; ".join(dropped.examples[:_SHOWN])
+                lines.append(f"{dropped.rows} {what}, first: {first}")
         return lines

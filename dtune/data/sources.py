@@ -121,15 +121,27 @@ def open_source(path: str, *, split: str, key: str) -> Source:
     """
     if path == CORPUS:
         return CorpusSource()
+    files = find_local(path, key)
+    return HubSource(path, split=split, key=key) if files is None else FileSource(files)
+
+
+def find_local(path: str, key: str) -> tuple[Path, ...] | None:
+    """Files that a path means; None for what is not on this machine, on the Hub or generated.
+
+    Raises:
+        DataError: Nothing is there, or nothing that can be read.
+    """
+    if path == CORPUS:
+        return None
     place = Path(resolve_path(path)).expanduser()
     if place.is_dir():
-        return FileSource(_find_files(place, key))
+        return _find_files(place, key)
     if place.exists():
-        return FileSource((_check_file(place, key),))
-    is_path = place.is_absolute() or path[0] in ".~" or place.suffix.lower() in READERS
+        return (_check_file(place, key),)
+    is_path = place.is_absolute() or path[:1] in ".~" or place.suffix.lower() in READERS
     if is_path or not _HUB_NAME.fullmatch(path):
         raise DataError(f"{key}={path}: there is no such file or folder{_near_names(place)}")
-    return HubSource(path, split=split, key=key)
+    return None
 
 
 def _check_file(path: Path, key: str) -> Path:

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 from dtune.data.dataset import DatasetWriter, TokenDataset, load_dataset_folder
-from dtune.data.formats import MissingColumn, check_columns, guess_formats, parse_row
+from dtune.data.formats import MissingColumn, guess_formats, parse_row
 from dtune.data.readers import RawRow
-from dtune.data.report import DataReport
+from dtune.data.report import EXAMPLES, DataReport, Dropped
 from dtune.data.schema import DataConfig, OnBadRow, OnLongRow
 from dtune.data.sources import Source, hash_code, open_source
 from dtune.errors import ConfigError, DataError
+from dtune.runtime.watch.heartbeat import beat
 from dtune.runtime.world import World
 from dtune.types import Example, Objective, Row
 
@@ -48,9 +50,8 @@ class Part:
         """Find the rows.
 
         Raises:
-            ConfigError: There are none, or data.columns renames what the format does not have.
+            ConfigError: There are none.
         """
-        check_columns(self.config.format, self.config.columns)
         return open_source(self.path, split=self.split, key=self.key)
 
     def parse(self, source: Source) -> Iterator[tuple[RawRow, Row | DataError]]:
@@ -74,16 +75,20 @@ class _Tokenizing:
         self._objective = objective
         self._writer = writer
         self._longest = 0
+        self._refused: list[str] = []
         self.report = DataReport()
 
     def run(self) -> None:
         """Raise DataError where the config says that a row stops the run, or none is left."""
         for raw, row in self._part.parse(self._source):
+            beat()
             self.report.rows_read += 1
             if isinstance(row, DataError):
                 self._drop_bad(row, raw)
-            else:
+            elif not self._refused:
                 self._add(row, raw)
+        if self._refused:
+            self._refuse()
         self._check_long()
         self._check_rows()
         self.report.rows_kept = len(self._writer.lengths)
@@ -98,7 +103,7 @@ class _Tokenizing:
             self._drop_bad(error, raw)
             return
         if example.num_targets == 0:
-            self._drop_untrained(f"{row.origin}: has no token to train on")
+            self._drop_untrained(row, "has no token to train on")
             return
         kept = self._fit(example, row.origin)
         if kept is None:
@@ -106,8 +111,9 @@ class _Tokenizing:
         if kept.num_targets == 0:
             limit = self._part.config.max_length
             self._drop_untrained(
-                f"{row.origin}: no token to train on is left in the first data.max_length={limit} "
-                f"of {len(example.input_ids)} tokens"
+                row,
+                f"no token to train on is left in the first data.max_length={limit} "
+                f"of {len(example.input_ids)} tokens",
             )
             return
         cut = len(example.input_ids) - len(kept.input_ids)
@@ -124,21 +130,39 @@ class _Tokenizing:
             return Example(example.row, example.input_ids[:limit], example.labels[:limit])
         self._longest = max(self._longest, length)
         self.report.long.add(f"{origin} ({length} tokens)", length)
+        self._writer.leave_out(origin, f"{length} tokens, above data.max_length={limit}")
         return None
 
     def _drop_bad(self, error: DataError, raw: RawRow) -> None:
-        if self._part.config.on_bad_row is OnBadRow.skip:
-            self.report.bad.add(str(error))
-            return
         if isinstance(error, MissingColumn) and self.report.rows_read == 1:
             self._check_column(error.column, raw)
-        raise DataError(f"{error}; mend the row, or set data.on_bad_row=skip to leave it out")
+        self._drop(str(error), raw.origin, self.report.bad)
 
-    def _drop_untrained(self, message: str) -> None:
+    def _drop(self, message: str, origin: str, dropped: Dropped) -> None:
         if self._part.config.on_bad_row is OnBadRow.skip:
-            self.report.untrained.add(message)
+            dropped.add(message)
+            self._writer.leave_out(origin, message.removeprefix(f"{origin}: "))
             return
-        raise DataError(f"{message}; mend the row, or set data.on_bad_row=skip to leave it out")
+        self._refused.append(message)
+        if len(self._refused) == EXAMPLES:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        """Raise with the malformed rows that were found, the first of them."""
+        found = self._refused
+        if len(found) == 1:
+            raise DataError(
+                f"{found[0]}; mend the row, or set data.on_bad_row=skip to leave it out"
+            )
+        lines = "\n  ".join(found)
+        more = " or more" if len(found) == EXAMPLES else ""
+        raise DataError(
+            f"{self._part.key}={self._part.path}: {len(found)}{more} malformed rows:\n  {lines}\n"
+            "mend them, or set data.on_bad_row=skip to leave them out"
+        )
+
+    def _drop_untrained(self, row: Row, why: str) -> None:
+        self._drop(f"{row.origin}: {why}", row.origin, self.report.untrained)
 
     def _check_column(self, column: str, first: RawRow) -> None:
         """Raise where no row has the column: then the format is wrong, not a row."""
@@ -237,11 +261,28 @@ def _find_or_build(part: Part, objective: Objective, fingerprint: str) -> Path:
         folder = cache / key[:32]
         if load_dataset_folder(folder) is None:
             _build(folder, part, source, objective)
+        dataset = load_dataset_folder(folder)
+        assert dataset is not None, folder
+        check_share(part, dataset.report)
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir={part.config.cache_dir}: tokenised data cannot be kept there: {error}"
         ) from error
     return folder
+
+
+def check_share(part: Part, report: DataReport) -> None:
+    """Raise DataError where more rows are malformed than data.max_bad_share allows."""
+    limit = part.config.max_bad_share
+    if report.rows_bad <= limit * report.rows_read:
+        return
+    share = report.rows_bad / report.rows_read
+    lines = "\n  ".join([*report.bad.examples, *report.untrained.examples][:EXAMPLES])
+    raise DataError(
+        f"{part.key}={part.path}: {report.rows_bad} of {report.rows_read} rows ({share:.2%}) are "
+        f"malformed, more than data.max_bad_share={limit:g} allows; the first:\n  {lines}\n"
+        "mend them, or raise data.max_bad_share"
+    )
 
 
 def _cache_key(part: Part, source: Source, fingerprint: str) -> str:

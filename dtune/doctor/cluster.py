@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtune.doctor.places import Place, first_of_nodes, rank_map
-from dtune.doctor.shared import LARGEST_SKEW, Sight, check_folder, clock_offsets, unreachable
+from dtune.doctor.shared import Sight, check_folder, unreachable
 from dtune.doctor.table import columns
 from dtune.doctor.traffic import measure, network_of_nccl, rdma_devices, slow_pairs, verdict
 from dtune.errors import ConfigError
+from dtune.runtime.clocks import LARGEST_SKEW, clock_offsets
 from dtune.runtime.world import World
 
 MIB = 2**20
@@ -92,7 +93,8 @@ def _map_rows(places: list[Place]) -> Rows:
 
 
 def _clock_rows(world: World, places: list[Place], problems: list[str]) -> Rows:
-    clocks = world.broadcast(clock_offsets(world, places))
+    others = [place.rank for place in first_of_nodes(places)[1:]]
+    clocks = world.broadcast(clock_offsets(world, others))
     problems += [
         f"the clock of {places[clock.rank].node} is {clock.seconds:+.1f} s from that of "
         f"{places[0].node}: run ntp or chrony on both"

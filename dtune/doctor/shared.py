@@ -1,4 +1,4 @@
-"""What nodes share: time, a folder, and ports."""
+"""What nodes share: a folder, and ports."""
 
 from __future__ import annotations
 
@@ -11,65 +11,10 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from dtune.doctor.places import Place, first_of_nodes
 from dtune.runtime.world import World
 
-LARGEST_SKEW = 1.0
-"""Seconds: beyond it times of files and logs mislead."""
-
-_ROUNDS = 20
 _CONNECT_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class Clock:
-    """How far a node's clock is from the first rank's."""
-
-    rank: int
-    seconds: float
-    """Positive: ahead."""
-    error: float
-    """Half of the fastest round trip: what the offset is known to."""
-
-
-def clock_offsets(world: World, places: list[Place]) -> list[Clock]:
-    """Of the first rank of every node but the first; only on the first rank. Collective.
-
-    Cristian's algorithm: of several round trips the fastest, whose middle is when the other clock
-    was read.
-    """
-    found = []
-    for place in first_of_nodes(places)[1:]:
-        if world.is_first:
-            found.append(_ask(world, place.rank))
-        elif world.rank == place.rank:
-            _answer(world)
-    world.barrier()
-    return found
-
-
-def _ask(world: World, rank: int) -> Clock:
-    trips = []
-    for _ in range(_ROUNDS):
-        theirs = torch.zeros(1, dtype=torch.float64)
-        start = time.time()
-        dist.send(theirs, rank, group=world.host)
-        dist.recv(theirs, rank, group=world.host)
-        end = time.time()
-        trips.append((end - start, theirs.item() - (start + end) / 2))
-    trip, offset = min(trips)
-    return Clock(rank, offset, trip / 2)
-
-
-def _answer(world: World) -> None:
-    for _ in range(_ROUNDS):
-        ours = torch.zeros(1, dtype=torch.float64)
-        dist.recv(ours, 0, group=world.host)
-        ours.fill_(time.time())
-        dist.send(ours, 0, group=world.host)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dtune.evaluate.generation import (
     until_stop,
     without_defaults,
 )
-from dtune.evaluate.mode import evaluating
+from dtune.evaluate.mode import AsksToStop, EvaluationStopped, evaluating, never
 from dtune.evaluate.schema import EvaluateConfig
 from dtune.runtime.world import World
 
@@ -51,11 +51,14 @@ def evaluate_exact_match(
     prompts: Sequence[Prompt],
     config: EvaluateConfig,
     world: World,
+    *,
+    asks_to_stop: AsksToStop = never,
 ) -> ExactMatch:
     """Generate greedily from every prompt and compare.
 
     ``model`` is the module that has ``generate``, with the engine's hooks on it. Collective:
-    every rank makes the same number of calls, and within a call of forward passes.
+    every rank makes the same number of calls, and within a call of forward passes. Raises
+    EvaluationStopped where it is asked to stop before a batch.
     """
     assert prompts, "nothing to generate from: see read_prompts"
     assert isinstance(model, GenerationMixin), type(model)
@@ -64,6 +67,8 @@ def evaluate_exact_match(
     answers: list[Answer] = []
     with evaluating(model), without_defaults(model):
         for share in plan_shares(prompts, config.batch_size, world.rank, world.size):
+            if asks_to_stop():
+                raise EvaluationStopped
             # A rank without a prompt of its own generates all the same, for the collectives.
             asked = share or prompts[:1]
             # A sharded model needs all ranks in every forward, until the last is done.

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from dtune.evaluate.schema import SamplingConfig
+from dtune.runtime.watch.heartbeat import beat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,7 @@ def generate_batch(
 
     ``synced``: other ranks generate as well and share every forward pass.
     """
+    beat()
     width = max(len(question.input_ids) for question in questions)
     input_ids = torch.full((len(questions), width), int(config.pad_token_id))
     mask = torch.zeros_like(input_ids)

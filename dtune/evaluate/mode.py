@@ -1,12 +1,24 @@
-"""A model for a moment in evaluation."""
+"""A model for a moment in evaluation, which may be broken off."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+AsksToStop = Callable[[], bool]
+"""Whether evaluation is to be broken off; the same on all ranks, which all ask."""
+
+
+class EvaluationStopped(Exception):
+    """Evaluation was broken off between two batches; raised on all ranks."""
+
+
+def never() -> bool:
+    """Do not break off."""
+    return False
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from dtune.models.random import RandomSource
 from dtune.models.schema import Attention, Init, ModelConfig
 from dtune.models.spec import describe
 from dtune.models.weights import SafetensorsSource
-from dtune.resources import resolve_path
+from dtune.resources import find_folder, resolve_path
 from dtune.types import ModelSpec, TensorSource
 
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -53,13 +53,9 @@ def locate(
     Raises:
         ConfigError: There is no such folder and no such name.
     """
-    resolved = resolve_path(path)
-    folder = Path(resolved).expanduser()
-    if folder.is_dir():
+    folder = find_folder(path, key)
+    if folder is not None:
         return folder
-    is_hub_name = resolved == path and path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if not is_hub_name:
-        raise ConfigError(f"{key}={path}: there is no such folder")
     patterns = [*_SMALL_FILES, *(_WEIGHTS if weights else ()), *(["*.py"] if code else [])]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))

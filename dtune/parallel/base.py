@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dtune.parallel.ranges import (
@@ -40,6 +41,8 @@ from dtune.types import (
 # replacement older versions lack.
 warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
 warnings.filterwarnings("ignore", r"`broadcast_buffers` is deprecated", FutureWarning)
+# The first step of a run may be one that is passed over.
+warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
 
 COMPUTE_DTYPES = {
     Precision.fp32: torch.float32,
@@ -75,6 +78,7 @@ class TorchEngine(ABC):
         self._trained: dict[str, nn.Parameter]
         self._optimizer: Optimizer
         self._schedule: LRScheduler
+        self._asks_device: bool
 
     def prepare(
         self,
@@ -102,6 +106,7 @@ class TorchEngine(ABC):
         assert self._trained, "nothing to train"
         self._optimizer = optimizer(self._trained.items())
         self._schedule = schedule(self._optimizer)
+        self._asks_device = self._scale is None and _asks_device(self._optimizer, self.world.device)
 
     @abstractmethod
     def _spread(self, model: nn.Module, spec: ModelSpec) -> None:
@@ -159,13 +164,31 @@ class TorchEngine(ABC):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def step(self) -> None:
-        """Optimizer, schedule, zero_grad; fp16 skips the first two if a gradient overflowed."""
+    def step(self, blocked: torch.Tensor | None = None) -> None:
+        """Optimizer, schedule, zero_grad; fp16 skips the first two if a gradient overflowed.
+
+        A ``blocked`` step is passed over; where the optimizer can tell on the device that it is,
+        the host does not wait to know.
+        """
+        if blocked is not None and not self._asks_device and bool(blocked):
+            self.pass_over()
+            return
         if self._scale is not None and not self._scale.accepts(self._norm_of_step()):
             self.skipped_steps += 1
         else:
+            if blocked is not None and self._asks_device:
+                amp: Any = self._optimizer
+                amp.found_inf = blocked.float()
             self._optimizer.step()
             self._schedule.step()
+        self._drop_gradients()
+
+    def pass_over(self) -> None:
+        """Drop the gradients; the schedule goes on, parameters and optimizer stay as they are."""
+        self._schedule.step()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self._norm = None
 
@@ -213,6 +236,16 @@ class TorchEngine(ABC):
         """Each trainable parameter whole, fp32 on CPU; None but on the first rank."""
         for name, parameter in self._trained.items():
             yield name, gather(self._shard(name, parameter), self.world)
+
+
+def _asks_device(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether the optimizer reads on ``device`` that it must not step, as torch's fused AdamW does.
+
+    It is made for the overflows of automatic mixed precision: neither parameters nor moments nor
+    step counts change where ``optimizer.found_inf`` is 1.
+    """
+    places = {p.device for group in optimizer.param_groups for p in group["params"]}
+    return isinstance(optimizer, AdamW) and bool(optimizer.defaults["fused"]) and places == {device}
 
 
 def set_schedule(schedule: LRScheduler, position: int) -> None:

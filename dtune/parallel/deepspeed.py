@@ -286,14 +286,36 @@ class DeepSpeedEngine:
         scaled = self._layout.norm().float()
         return torch.where(scaled < 0, torch.inf, scaled / zero.loss_scale)
 
-    def step(self) -> None:
-        """Optimizer, schedule, zero_grad; an overflow skips the first two."""
+    def step(self, blocked: torch.Tensor | None = None) -> None:
+        """Optimizer, schedule, zero_grad; an overflow skips the first two.
+
+        A ``blocked`` step is passed over. DeepSpeed's step waits for the device anyway.
+        """
+        if blocked is not None and bool(blocked):
+            self.pass_over()
+            return
         self._runtime.step()
         self._zero().clip_grad = 0.0
         if self._runtime.was_step_applied():
             self._schedule.step()
         else:
             self.skipped_steps += 1
+
+    def pass_over(self) -> None:
+        """Drop the gradients; the schedule goes on, parameters and optimizer stay as they are.
+
+        DeepSpeed's own step frees its buffers, and writes masters that have not changed to the
+        parameters.
+        """
+        optimizer = self._zero().optimizer
+        take = optimizer.step
+        optimizer.step = _do_nothing
+        try:
+            self._runtime.step()
+        finally:
+            optimizer.step = take
+        self._zero().clip_grad = 0.0
+        self._schedule.step()
 
     def learning_rate(self) -> float:
         """Of the first parameter group, for the step to come."""
@@ -342,6 +364,10 @@ class DeepSpeedEngine:
         """Each trainable parameter whole, fp32 on CPU; None but on the first rank."""
         for name, parameter in self._trained.items():
             yield name, gather(self._layout.master(name, parameter), self.world)
+
+
+def _do_nothing(*args: object, **kwargs: object) -> None:
+    """A step of an optimizer that is not taken."""
 
 
 def _leave_whole(parameter: nn.Parameter) -> None:

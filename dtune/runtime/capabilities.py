@@ -28,6 +28,8 @@ OPTIONAL = {
         OptionalPackage("flash_attn", "flash-attn", "flash-attn"),
         OptionalPackage("tensorboard", "tensorboard", "tensorboard"),
         OptionalPackage("wandb", "wandb", "wandb"),
+        OptionalPackage("optuna", "optuna", "search"),
+        OptionalPackage("matplotlib", "matplotlib", "plot"),
         OptionalPackage("triton", "triton", ""),
     )
 }

@@ -39,6 +39,12 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def drop_from_memory(path: Path) -> None:
+    """Let the next read of a flushed file come from the disk, where the system heeds that."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def publish_text(path: Path, text: str) -> None:
     """Replace a small file in one step: a reader sees the old text or the new one."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(4)}")

@@ -21,6 +21,14 @@ class RankFile(logging.FileHandler):
             sys.stderr.write(f"dtune: {self.baseFilename} lacks lines: {sys.exception()}\n")
 
 
+def log_to_file(text: str) -> None:
+    """Write to the file of this rank alone: what a terminal has no room for."""
+    record = log.makeRecord(log.name, logging.INFO, __file__, 0, text, (), None)
+    for handler in log.handlers:
+        if isinstance(handler, RankFile):
+            handler.handle(record)
+
+
 def start_logging(rank: int, folder: Path | None) -> None:
     """Send dtune's records to the terminal (first rank) and to ``folder/rank-<n>.log``."""
     log.handlers.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -23,15 +24,17 @@ class State(Enum):
     failed = "failed"
     config_error = "config_error"
     diverged = "diverged"
+    hung = "hung"
 
 
-FAILURES = frozenset({State.failed, State.config_error, State.diverged})
+FAILURES = frozenset({State.failed, State.config_error, State.diverged, State.hung})
 
 EXIT_CODES = {
     State.done: 0,
     State.running: 1,
     State.failed: 1,
     State.diverged: 1,
+    State.hung: 1,
     State.config_error: 2,
     State.preempted: 75,
 }
@@ -45,24 +48,39 @@ class Status:
     state: State
     step: int = 0
     rank: int = 0
+    """Of a failure; -1 where no rank is to blame more than others."""
     message: str = ""
+    section: str = ""
+    """What a run that hung was at: start, step, save or evaluation."""
+    traceback: str = ""
+    """Of a failure that is nobody's mistake of a setting."""
+    hopeless: bool = False
+    """Of a failure: whether ranks that are started again would only come to the same."""
     time: float = 0.0
     """Seconds since the epoch."""
 
 
-def write_status(run_dir: str | Path, status: Status) -> None:
+def write_status(
+    run_dir: str | Path, status: Status, *, instead: bool = False, since: float = 0.0
+) -> None:
     """Replace the status, unless it already tells of a failure of this attempt.
+
+    ``instead``: also then, if it is of the same rank. ``since``: when this attempt began; a
+    failure that was told before is none of its own.
 
     Atomic, except where the disk is full: then it is written over in the room that it has.
     """
     path = Path(run_dir) / "status.json"
     if status.state is not State.running and path.is_file():
         before = read_status(run_dir)
-        if before.state in FAILURES:
+        # What fails after a rank was preempted has only lost it.
+        lost = before.state is State.preempted and status.state in FAILURES
+        final = (before.state in FAILURES and before.time >= since) or lost
+        if final and not (instead and before.rank == status.rank):
             return
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {**asdict(status), "state": status.state.value, "time": time.time()}
-    temporary = path.with_name(f".status-{os.getpid()}.json")
+    temporary = path.with_name(f".status-{os.getpid()}-{secrets.token_hex(4)}.json")
     text = json.dumps(record, indent=1) + "\n"
     try:
         temporary.write_text(text, encoding="utf-8")

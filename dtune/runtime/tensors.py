@@ -16,7 +16,10 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from dtune.errors import CheckpointError
+from dtune.runtime.watch.heartbeat import beat
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -98,6 +101,7 @@ class TensorWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor in its place."""
+        beat()
         self._left.remove(name)
         entry, offset = self._entries[name], self._offsets[name]
         if offset != self._position:
@@ -171,6 +175,7 @@ class FileSource:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the row-major flattened tensor, from the rows they lie in."""
+        beat()
         part = self._slice(name)
         shape = tuple(part.get_shape())
         if not shape or 0 in shape:
@@ -191,5 +196,8 @@ class FileSource:
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
+            try:
+                self._files[path] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is no file of tensors: {error}") from error
         return self._files[path]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -10,6 +12,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+from dtune.errors import HungError
 
 T = TypeVar("T")
 
@@ -34,25 +39,37 @@ class World:
     host: dist.ProcessGroup
 
     @classmethod
-    def start(cls) -> World:
-        """Join the process group that torchrun's variables describe, or make one of size 1."""
+    def start(cls, timeout: timedelta | None = None) -> World:
+        """Join the process group that torchrun's variables describe, or make one of size 1.
+
+        ``timeout`` is of collective calls and of the wait for the other ranks; None: torch's own.
+        """
         rank = int(os.environ.get("RANK", "0"))
         size = int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank)
+            # Slurm may show each task its own GPU alone.
+            alone = "DTUNE_SRUN" in os.environ and torch.cuda.device_count() == 1
+            device = torch.device("cuda", 0 if alone else local_rank)
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         else:
             device = torch.device("cpu")
             backend = "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                backend, timeout=timeout, store=HashStore(), rank=0, world_size=1
+            )
         host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         return cls(rank, size, local_rank, local_size, device, host)
+
+    def allow(self, timeout: timedelta) -> None:
+        """Let collective calls of all groups that there are take so long; ``host`` longer still."""
+        for group in list(_world.pg_names):
+            _set_pg_timeout(max(timeout, HOST_TIMEOUT) if group is self.host else timeout, group)
 
     @property
     def is_first(self) -> bool:
@@ -78,6 +95,14 @@ class World:
         """Whether ``yes`` is true on at least one rank."""
         return not self.all_agree(not yes)
 
+    def largest(self, number: int) -> int:
+        """The largest of what the ranks gave."""
+        if self.size == 1:
+            return number
+        vote = torch.tensor(number)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host)
+        return int(vote.item())
+
     def gather(self, value: T) -> list[T]:
         """What every rank gave, in order of ranks, on every rank. Picklable values of our own."""
         if self.size == 1:
@@ -98,6 +123,31 @@ class World:
         """Wait for every rank, over gloo."""
         if self.size > 1:
             dist.barrier(group=self.host)
+
+    def meet(self, seconds: float) -> None:
+        """A barrier over gloo that names who does not come within ``seconds``; 0: waits for ever.
+
+        Raises HungError on the first rank, of rank -1 where torch does not say who it was. On the
+        others, which only hear that the first has given up, what is raised says a peer is lost.
+        """
+        if self.size == 1:
+            return
+        limit = seconds or HOST_TIMEOUT.total_seconds()
+        began = time.monotonic()
+        try:
+            dist.monitored_barrier(
+                group=self.host, timeout=timedelta(seconds=limit), wait_all_ranks=True
+            )
+        except RuntimeError as error:
+            missing = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error))
+            if missing is None and (not self.is_first or time.monotonic() - began < limit):
+                raise
+            who = missing.group(1).strip(" ,") if missing else ""
+            raise HungError(
+                f"hung: {f'rank {who}' if who else 'a rank'} did not come to the barrier of all "
+                f"ranks within {limit:.0f} s (watch.step)",
+                rank=int(who.split(",")[0]) if who else -1,
+            ) from error
 
     def stop(self) -> None:
         """Leave the process group."""

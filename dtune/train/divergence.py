@@ -1,14 +1,17 @@
-"""NaN and infinity: found, reported with the batch that caused them, and the run stopped."""
+"""NaN, infinity and spikes: reported with the batch that caused them, and acted on."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dtune.errors import DivergedError
+from dtune.runtime.logs import log
+from dtune.train.guard import CAUSES, NONFINITE
 from dtune.train.step import StepStats
 from dtune.types import IGNORE_INDEX, Batch
 
@@ -22,37 +25,104 @@ MAX_SKIPPED_IN_A_ROW = 16
 """After so many overflows a loss scale of 2**16, where it starts, is 1."""
 
 
-def count_good(
-    losses: Sequence[float], norms: Sequence[float], skipped: int, *, in_a_row: int
-) -> tuple[int, int]:
-    """How many steps come before the first that diverged, and how many of the last were skipped.
+@dataclass
+class Overflows:
+    """Tells overflows of fp16, which the engine has skipped, from divergence."""
 
-    A step diverged if its loss or gradient norm is not finite. ``skipped`` steps of fp16 loss
-    scaling may have an infinite norm, as they did not update; but not more in a row than it takes
-    to lower the scale to nothing, counted on from ``in_a_row``.
+    in_a_row: int = 0
+
+    def allow(self, norm: float, skipped: int) -> bool:
+        """Whether a step of this norm may be, with so many of the flush skipped and not yet told.
+
+        Not more in a row than it takes to lower the loss scale to nothing.
+        """
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        if skipped == 0 or self.in_a_row == MAX_SKIPPED_IN_A_ROW:
+            return False
+        self.in_a_row += 1
+        return True
+
+
+class GoBack(Exception):
+    """The run is to go on from its last checkpoint without a step; raised on all ranks."""
+
+    def __init__(self, bad: BadStep) -> None:
+        super().__init__(bad.what)
+        self.bad = bad
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that the optimizer has not taken."""
+
+    stats: StepStats
+    loss: float
+    norm: float
+    cause: int
+    """NONFINITE or SPIKE."""
+
+    @property
+    def what(self) -> str:
+        """Which number is bad, at which step."""
+        spiked = f"a spike to loss {self.loss:.4g}, gradient norm {self.norm:.4g}"
+        if self.cause == NONFINITE:
+            bad_loss = not math.isfinite(self.loss)
+            spiked = f"loss {self.loss}" if bad_loss else f"gradient norm {self.norm}"
+        return f"{spiked} at step {self.stats.step}"
+
+    def row(self, action: str, step: int) -> dict[str, str | int | float]:
+        """The row of metrics that tells of it."""
+        return {
+            "kind": "guard",
+            "step": step,
+            "bad_step": self.stats.step,
+            "cause": CAUSES[self.cause],
+            "action": action,
+            "loss": self.loss,
+            "grad_norm": self.norm,
+        }
+
+
+def act_on(bad: BadStep, trainer: Trainer) -> None:
+    """Do with a bad step as the config says; collective.
+
+    A skipped step is written down and counted. Raises GoBack for a rollback, DivergedError where
+    the run is to stop: at once, or because there have been as many as the config allows.
     """
-    for number, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-        if math.isfinite(loss) and math.isfinite(norm):
-            in_a_row = 0
-            continue
-        if not math.isfinite(loss) or skipped == 0 or in_a_row == MAX_SKIPPED_IN_A_ROW:
-            return number, in_a_row
-        skipped -= 1
-        in_a_row += 1
-    return len(losses), in_a_row
+    config, state = trainer.guard_config, trainer.progress.guard
+    policy = (config.nonfinite if bad.cause == NONFINITE else config.spike).value
+    if policy == "stop":
+        raise_diverged(bad, trainer=trainer)
+    if policy == "skip":
+        if state.skips_in_a_row == config.max_skips_in_a_row or state.skips == config.max_skips:
+            many = f"{state.skips_in_a_row} steps in a row and {state.skips} in all were skipped"
+            raise_diverged(bad, trainer=trainer, after=f" after {many}")
+        state.skips += 1
+        state.skips_in_a_row += 1
+        path = write_report(bad, trainer, name="guard")
+        log.warning("%s: its optimizer step is skipped; see the batch in %s", bad.what, path)
+        trainer.write(bad.row("skip", bad.stats.step))
+        return
+    if state.rollbacks == config.max_rollbacks:
+        raise_diverged(bad, trainer=trainer, after=f" after {state.rollbacks} rollbacks")
+    write_report(bad, trainer, name="guard")
+    raise GoBack(bad)
 
 
-def raise_diverged(stats: StepStats, loss: float, norm: float, *, trainer: Trainer) -> NoReturn:
+def raise_diverged(bad: BadStep, *, trainer: Trainer, after: str = "") -> NoReturn:
     """Raise DivergedError for a step; collective.
 
     The batches of that step are made again (they are a function of the step) and written to
     ``RUN/diverged-step-<n>.json``: rows, text, share of trained tokens, this loss on each rank.
     """
-    path = _write_report(stats, loss, norm, trainer)
-    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+    path = write_report(bad, trainer, name="diverged")
+    trainer.write(bad.row("stop", bad.stats.step))
     raise DivergedError(
-        f"{what} at step {stats.step}: the run is stopped, the last checkpoint is good; "
-        f"see the batch in {path}, lower optim.lr or train.max_norm, or use precision=bf16"
+        f"{bad.what}{after}: the run is stopped, the last checkpoint is good; see the batch in "
+        f"{path}, lower optim.lr or train.max_norm, use precision=bf16, or set guard=skip or "
+        "guard=rollback"
     )
 
 
@@ -66,23 +136,26 @@ def check_metrics(metrics: Mapping[str, float], step: int) -> None:
             )
 
 
-def _write_report(stats: StepStats, loss: float, norm: float, trainer: Trainer) -> Path:
+def write_report(bad: BadStep, trainer: Trainer, *, name: str) -> Path:
+    """Write down the batches of a bad step on all ranks; the file. Collective."""
+    stats = bad.stats
     batches = trainer.loader.batches(stats.step - 1)
     mine = {
         "rank": trainer.world.rank,
-        "loss_share": repr(float(stats.loss)),
+        "loss_share": repr(float(stats.loss_share)),
         "trained_share": sum(b.num_targets for b in batches)
         / max(1, sum(b.num_tokens for b in batches)),
         "rows": [record for batch in batches for record in _describe(batch, trainer)],
     }
     report = {
         "step": stats.step,
-        "loss": repr(loss),
-        "grad_norm": repr(norm),
+        "cause": CAUSES[bad.cause],
+        "loss": repr(bad.loss),
+        "grad_norm": repr(bad.norm),
         "learning_rate": stats.learning_rate,
         "ranks": trainer.world.gather(mine),
     }
-    path = trainer.run_dir / f"diverged-step-{stats.step}.json"
+    path = trainer.run_dir / f"{name}-step-{stats.step}.json"
     if trainer.world.is_first:
         path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -14,6 +14,8 @@ from dtune.measure.memory import peak_memory_gib
 from dtune.runtime.logs import log
 from dtune.runtime.status import State
 from dtune.train.export import Exporter
+from dtune.train.sinks.background import TrackerReport
+from dtune.train.sinks.build import report_trackers
 from dtune.train.trainer import Trainer
 
 
@@ -43,6 +45,14 @@ class Result:
     """Folder of the adapter or model; empty where the run was stopped before its end."""
     best_export: str
     """Folder of the weights of the best step, where that is not the last."""
+    skips: int
+    """Bad steps that the guard has skipped."""
+    rollbacks: int
+    """Times that the guard has gone back to a checkpoint."""
+    left_out: list[int]
+    """Steps that it has left out then."""
+    trackers: list[TrackerReport]
+    """Rows that TensorBoard or wandb did not take, and why."""
 
 
 def finish_run(trainer: Trainer, state: State, exporter: Exporter, *, title: str) -> Result:
@@ -99,6 +109,10 @@ def _collect(trainer: Trainer, state: State, exported: str, best_exported: str) 
         excluded_seconds=meter.excluded,
         export=exported,
         best_export=best_exported,
+        skips=progress.guard.skips,
+        rollbacks=progress.guard.rollbacks,
+        left_out=progress.guard.left_out,
+        trackers=report_trackers(trainer.sinks),
     )
 
 
@@ -127,6 +141,14 @@ def _rows(result: Result, folder: Path) -> list[tuple[str, str]]:
         rows.append(("weights", result.export))
     else:
         rows.append(("to go on", f"the same command with run_dir={folder} resume=auto"))
+    guard = result.skips + result.rollbacks
+    if guard:
+        rows.append(("bad steps", f"{result.skips} skipped, {result.rollbacks} rollbacks"))
+    rows.extend(
+        (tracker.name, f"{tracker.dropped} rows dropped: {tracker.error}")
+        for tracker in result.trackers
+        if tracker.error
+    )
     if result.best_export:
         rows.append((f"best (step {result.best_step})", result.best_export))
     rows.append(("report", str(folder / "report.md")))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from dtune.runtime.schema import Recompute
+from dtune.runtime.schema import Precision, Recompute
 from dtune.types.model import ModelSpec, TensorSource
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Engine(Protocol):
     """What the trainer calls; forward of the prepared model."""
     module: nn.Module
     """The Hugging Face model itself with the engine's hooks on it, for generation."""
+    precision: Precision
+    """What it computes in; fp16 scales losses and skips steps that overflow."""
     grad_scale: float
     """Factor on a loss already divided by the global token count that undoes the engine's mean."""
     skipped_steps: int
@@ -121,8 +123,16 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self) -> None:
-        """Optimizer, schedule, zero_grad."""
+    def step(self, blocked: torch.Tensor | None = None) -> None:
+        """Optimizer, schedule, zero_grad.
+
+        Where ``blocked``, a bool scalar on the device and equal on all ranks, is true, the step is
+        passed over.
+        """
+        ...
+
+    def pass_over(self) -> None:
+        """Drop the gradients; the schedule goes on, parameters and optimizer stay as they are."""
         ...
 
     def learning_rate(self) -> float:

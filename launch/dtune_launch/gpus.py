@@ -50,12 +50,15 @@ def count_cores() -> int:
 
 
 def resolve_nproc(config: LaunchConfig, *, engine: str, gpus: int | None = None) -> int:
-    """Processes on this machine for ``parallel=<engine>``, ``auto`` resolved.
+    """Processes on a node for ``parallel=<engine>``, ``auto`` resolved.
 
-    ``gpus`` are those that the run may use, by default all that are visible.
+    ``gpus`` are those that the run may use on this machine, by default all that are visible.
     """
     if config.nproc != AUTO:
         return int(config.nproc)
+    if config.gpus_of_node is not None:
+        # Of a job's node: what has been asked for is used, or refused with the engine.
+        return max(1, config.gpus_of_node)
     if engine == "single":
         return 1
     return (count_gpus() if gpus is None else gpus) or _RANKS_WITHOUT_GPU

@@ -19,38 +19,71 @@ from dtune_launch.torchrun import job_environment, torchrun_command, worker_comm
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def is_one_process(spec: JobSpec) -> bool:
+    """Whether the job needs no agent: one process, which is not started again."""
+    return spec.nproc == 1 and spec.nodes == 1 and spec.max_restarts == 0
+
+
 def job_command(spec: JobSpec) -> list[str]:
     """Command of the job: the module itself for one process, torchrun for more."""
-    alone = spec.nproc == 1 and spec.max_restarts == 0
-    return worker_command(spec) if alone else torchrun_command(spec)
+    return worker_command(spec) if is_one_process(spec) else torchrun_command(spec)
 
 
 def describe_job(spec: JobSpec) -> str:
     """The job as a shell would take it, for ``launch.dry_run``."""
+    return _describe(spec, job_command(spec))
+
+
+def describe_torchrun(spec: JobSpec) -> str:
+    """The same, through torchrun for one process as well."""
+    return _describe(spec, torchrun_command(spec))
+
+
+def _describe(spec: JobSpec, command: Sequence[str]) -> str:
     added = job_environment(spec, os.environ, count_cores())
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in added.items())
-    return f"{variables} {shlex.join(job_command(spec))}"
+    return f"{variables} {shlex.join(command)}"
 
 
 def run_job(spec: JobSpec) -> int:
     """Run the job on this terminal to its end; its exit code as `exit_code` says it."""
+    return _run(spec, job_command(spec))
+
+
+def run_torchrun(spec: JobSpec) -> int:
+    """The same, through torchrun for one process as well."""
+    return _run(spec, torchrun_command(spec))
+
+
+def _run(spec: JobSpec, command: Sequence[str]) -> int:
     running: list[subprocess.Popen[bytes]] = []
     with forwarding_signals(running):
-        running.append(start_job(spec))
+        # One that comes now is passed on as soon as there is somebody to pass it on to.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+        try:
+            running.append(_start(spec, command, None))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         return exit_code(running[0].wait())
 
 
 def start_job(spec: JobSpec, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
     """Start the job; ``output`` takes what its first rank would write to the terminal."""
+    return _start(spec, job_command(spec), output)
+
+
+def _start(
+    spec: JobSpec, command: Sequence[str], output: IO[bytes] | None
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        job_command(spec),
+        command,
         env={**os.environ, **job_environment(spec, os.environ, count_cores())},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
         # Ctrl-C reaches only this process, which asks the ranks once instead of killing them.
         start_new_session=True,
-        preexec_fn=_ignore_usr1,
+        preexec_fn=_hold_signals if is_one_process(spec) else _hold_usr1,
     )
 
 
@@ -62,9 +95,16 @@ def exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def _ignore_usr1() -> None:
-    # The agent would die of it. Ignoring survives exec; ranks install their own handler.
+def _hold_usr1() -> None:
+    # The agent would die of it. Ignoring survives exec, and so does blocking: one that comes to a
+    # rank before it has installed its handler waits for that, instead of being lost.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGUSR1})
+
+
+def _hold_signals() -> None:
+    # A rank without an agent: neither may end it before it has installed its handlers.
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGUSR1, signal.SIGTERM})
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from dtune.commands.plan_memory import MemoryPlan, MemoryRequest, plan_memory
 from dtune.measure.storages import StorageTally, distinct_bytes
 from dtune.models.load import build_model
 from dtune.models.schema import Attention, ModelConfig
@@ -25,6 +24,7 @@ from dtune.parallel.schema import PARALLEL
 from dtune.patch.apply import apply_patches
 from dtune.patch.base import patch_names
 from dtune.peft.schema import PEFT
+from dtune.plan_memory import MemoryPlan, MemoryRequest, plan_memory
 from dtune.quant.schema import QUANT
 from dtune.runtime.schema import Precision, Recompute
 from dtune.runtime.world import World

@@ -11,6 +11,8 @@ from torch import nn
 
 from dtune.objectives.causal import causal_loss
 from dtune.runtime.world import World
+from dtune.train.guard import Guard, GuardState
+from dtune.train.guard_schema import GuardConfig
 from dtune.train.participant import WithMethod
 from dtune.train.step import train_step
 from dtune.types import Batch, Example, LossParts, Row, TakesPartInSteps
@@ -55,6 +57,7 @@ def run_steps(world: World, built: Built, setup: Setup, steps: range) -> list[Po
     each = setup.micros // world.size
     first = world.rank * each
     assert isinstance(built.method, TakesPartInSteps)
+    guard = Guard(GuardConfig(), world, scales_loss=False, state=GuardState())
     points = []
     for step in steps:
         batches = [make_batch(step, first + m, packed=False) for m in range(each)]
@@ -65,11 +68,11 @@ def run_steps(world: World, built: Built, setup: Setup, steps: range) -> list[Po
             objective=Causal(),
             world=world,
             max_norm=setup.max_norm,
+            guard=guard,
             participant=built.method,
             total_steps=setup.steps,
         )
-        loss = stats.loss if world.size == 1 else world.sum(stats.loss)
-        points.append((float(loss), float(stats.grad_norm)))
+        points.append((float(stats.verdict.loss), float(stats.grad_norm)))
     return points
 
 

@@ -12,6 +12,7 @@ import multiprocessing as mp
 import os
 import socket
 import tempfile
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -30,8 +31,39 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _serve(rank: int, size: int, port: int, compiled: str, pipe: Connection) -> None:
+def _context() -> mp.context.BaseContext:
+    """Processes begin as copies of one that has imported what ranks need, which takes seconds."""
+    import torch
+
+    if torch.cuda.is_available():
+        # What is imported may ask for the GPUs, and a copy of a process that has cannot use them.
+        return mp.get_context("spawn")
+    mp.set_forkserver_preload(["dtune.assemble", "dtune.config.compose", "peft"])
+    return mp.get_context("forkserver")
+
+
+def _end_with(parent: Connection) -> None:
+    """Wait until the other end is closed, which only the end of the test process does; exit."""
+    with contextlib.suppress(EOFError):
+        parent.recv()
+    os._exit(1)
+
+
+def _serve(
+    rank: int,
+    size: int,
+    port: int,
+    compiled: str,
+    variables: dict[str, str],
+    parent: Connection,
+    pipe: Connection,
+) -> None:
+    # A rank may wait for others for half an hour, and the tests may be killed.
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # The process that it is a copy of has those of its own start.
+    os.environ.clear()
     os.environ.update(
+        variables,
         RANK=str(rank),
         WORLD_SIZE=str(size),
         LOCAL_RANK=str(rank),
@@ -71,19 +103,22 @@ class Pool:
         self._compiled: tempfile.TemporaryDirectory[str] | None = None
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = _context()
         port = _free_port()
         self._compiled = tempfile.TemporaryDirectory(
             prefix="dtune-compiled-", ignore_cleanup_errors=True
         )
+        read_end, self._alive = context.Pipe(duplex=False)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            args = (rank, self.size, port, self._compiled.name, theirs)
-            process = context.Process(target=_serve, args=args, daemon=True)
+            ends = (read_end, theirs)
+            args = (rank, self.size, port, self._compiled.name, dict(os.environ), *ends)
+            process = context.Process(target=_serve, args=args, daemon=True)  # type: ignore[attr-defined]
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        read_end.close()
 
     def run(self, case: str, *, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Run ``module:function`` on every rank; RankError with the traceback of what failed."""

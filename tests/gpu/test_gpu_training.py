@@ -78,7 +78,8 @@ def test_no_step_waits_for_the_device(tmp_path: Path, method: str) -> None:
                 objective=trainer.objective,
                 world=trainer.world,
                 max_norm=1.0,
-            ).loss
+                guard=trainer.guard,
+            ).verdict.loss
 
         for number in (1, 2, 3):  # the first make caches, states and handles
             step(number)

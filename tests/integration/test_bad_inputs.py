@@ -158,6 +158,6 @@ def test_wrong_command_names_the_right_ones(wrong: str, capsys: pytest.CaptureFi
 
     assert main([wrong]) == 2
     assert (
-        "train, eval, chat, generate, merge, export, config, plan, doctor"
+        "train, eval, chat, generate, merge, convert, export, config, plan, doctor"
         in capsys.readouterr().err
     )

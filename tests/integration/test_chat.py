@@ -138,6 +138,11 @@ def test_a_conversation_that_is_too_long_is_said_and_goes_on(talk) -> None:
     assert lines[-1] == said_by(base_model(), HELLO)
 
 
-def test_a_run_on_plain_text_has_no_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", "model=tiny", "objective=pretrain", "data=text", "data.path=x.txt"]) == 2
+def test_a_run_on_plain_text_has_no_turns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "x.txt"
+    text.write_text("Once upon a time.")
+    settings = ["model=tiny", "objective=pretrain", "data=text", f"data.path={text}"]
+    assert main(["chat", *settings]) == 2
     assert "use dtune generate" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from dtune.train.sinks.jsonl import read_metrics
+from tests.integration.sweeps import start
 
 SHORT = (
     "train.micro_batch_size=4",
@@ -24,8 +24,7 @@ ROWS = "dtune://instructions/train.jsonl"
 
 
 def sweep(*settings: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dtune", "train", "-m", *settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start("train", "-m", *settings)
 
 
 def status(folder: Path) -> dict[str, object]:
@@ -36,8 +35,10 @@ def status(folder: Path) -> dict[str, object]:
 def test_each_trial_has_its_processes_folder_and_row_and_a_failure_hides_no_other(
     tmp_path: Path,
 ) -> None:
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"no": "such columns"}\n')
     process = sweep(
-        f"data.path={ROWS},missing.jsonl",
+        f"data.path={ROWS},{wrong}",
         "parallel=ddp",
         "launch.nproc=2",
         "train.max_steps=3",
@@ -56,17 +57,17 @@ def test_each_trial_has_its_processes_folder_and_row_and_a_failure_hides_no_othe
     rows = [line.split() for line in table.splitlines() if line[:1].isdigit()]
     assert [row[:3] for row in rows] == [
         ["0", f"data.path={ROWS}", "done"],
-        ["1", "data.path=missing.jsonl", "config_error"],
+        ["1", f"data.path={wrong}", "config_error"],
     ]
     # What does not differ between trials is not repeated.
     assert "parallel=ddp" not in table
     result = json.loads((folders[0] / "result.json").read_text())
-    assert rows[0][3] == f"{result['after']['loss']:.4f}"
+    assert rows[0][3:5] == ["3", f"{result['after']['loss']:.4f}"]
     trained = [row for row in read_metrics(folders[0] / "metrics.jsonl") if row["kind"] == "train"]
-    assert rows[0][4:6] == ["-", f"{trained[-1]['loss']:.4f}"]
-    assert rows[1][3:7] == ["-"] * 4
+    assert rows[0][5:7] == ["-", f"{trained[-1]['loss']:.4f}"]
+    assert rows[1][3:8] == ["-"] * 5
     # Why a trial failed, beside the line that says that it did.
-    assert "missing.jsonl" in out.split("trial 1 ")[1].splitlines()[1]
+    assert "wrong.jsonl" in out.split("trial 1 ")[1].splitlines()[1]
 
     frozen = yaml.safe_load((folders[0] / "config.yaml").read_text())
     assert frozen["run_dir"] == str(folders[0])
@@ -102,7 +103,7 @@ def test_a_wrong_trial_is_told_before_any_starts(
     tmp_path: Path, settings: tuple[str, ...], said: str
 ) -> None:
     process = sweep(*settings, f"hydra.sweep.dir={tmp_path}/sweep")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert said in err
     assert not [path for path in (tmp_path / "sweep").glob("*") if path.is_dir()]
@@ -110,7 +111,7 @@ def test_a_wrong_trial_is_told_before_any_starts(
 
 def test_a_dry_sweep_prints_the_command_of_every_trial(tmp_path: Path) -> None:
     process = sweep("seed=1,2", "launch.dry_run=true", f"hydra.sweep.dir={tmp_path}/sweep")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert [line for line in out.splitlines() if line.startswith("#")] == [
         "# trial 0  seed=1",

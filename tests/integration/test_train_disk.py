@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -98,6 +99,50 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoints_before(
 
     assert main(["train", *argv, "resume=auto"]) == 0
     assert [row["step"] for row in metrics(run_dir, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_to_go_on_after_a_save_that_failed_says_so_and_saves_the_next(
+    tmp_path: Path,
+) -> None:
+    with small_disk(tmp_path / "disk", 16 * KIB * KIB) as disk:
+        run_dir, filler = disk / "run", disk / "filler"
+        argv = settings(
+            run_dir,
+            "train.max_steps=8",
+            "checkpoint.every=2",
+            "checkpoint.keep=1",
+            "checkpoint.on_error=go_on",
+            "checkpoint.asynchronous=false",
+            "log.every=1",
+        )
+        told: dict[int, str] = {}
+        with assembled(argv) as it:
+
+            class Fill:
+                """Fills the disk before the save of step 4, and clears it before that of 6."""
+
+                def write(self, row: dict[str, str | int | float]) -> None:
+                    told[int(row["step"])] = read_status(run_dir).message
+                    if (row["kind"], row["step"]) == ("train", 4):
+                        free = shutil.disk_usage(disk).free
+                        filler.write_bytes(bytes(free - 16 * KIB))
+                    if (row["kind"], row["step"]) == ("train", 6):
+                        filler.unlink()
+
+                def close(self) -> None:
+                    """Nothing is held."""
+
+            it.trainer.sinks = [*it.trainer.sinks, Fill()]
+            assert it.finish()[0] is State.done
+        (failed,) = metrics(run_dir, "save_failed")
+        assert failed["step"] == 4
+        assert "ENOSPC" in str(failed["message"])
+        assert told[2] == ""
+        assert told[5] == failed["message"]
+        # Known after the save of step 6, which was good.
+        assert told[7] == ""
+        assert whole_steps(run_dir) == [8]
+        assert [row["step"] for row in metrics(run_dir, "train")] == list(range(1, 9))
 
 
 def test_an_export_that_fails_leaves_the_checkpoint_to_export_again(

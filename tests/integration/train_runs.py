@@ -20,6 +20,7 @@ from dtune.config.compose import compose_overrides
 from dtune.config.freeze import load_frozen
 from dtune.config.run import RunConfig
 from dtune.errors import DivergedError
+from dtune.evaluate.mode import AsksToStop
 from dtune.resources import resolve_path
 from dtune.run_folder import start_run_folder
 from dtune.runtime.seed import seed_everything
@@ -189,7 +190,7 @@ class Scripted:
     def __init__(self, losses: Sequence[float]) -> None:
         self._losses = iter(losses)
 
-    def __call__(self, engine: Engine) -> dict[str, float]:
+    def __call__(self, engine: Engine, asks_to_stop: AsksToStop) -> dict[str, float]:
         return {"loss": next(self._losses)}
 
 

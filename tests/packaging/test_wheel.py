@@ -79,6 +79,8 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         "dtune_kernels/__init__.py",
         "dtune_launch/torchrun.py",
         "hydra_plugins/dtune_launcher/local.py",
+        "hydra_plugins/dtune_launcher/slurm.py",
+        "hydra_plugins/dtune_launcher/search.py",
     ],
 )
 def test_wheel_holds(names: list[str], wanted: str) -> None:
@@ -135,6 +137,8 @@ def test_installed_files_come_from_the_wheel_and_shadow_nothing(run: Run) -> Non
         (("dtune", "train", "--help"), "peft"),
         (("dtune", "config", "peft=full"), "name: full"),
         (("dtune", "train", "--info", "plugins"), "DtuneLocalLauncher"),
+        (("dtune", "train", "--info", "plugins"), "DtuneSlurmLauncher"),
+        (("dtune", "train", "--info", "plugins"), "DtuneOptunaSweeper"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -6,15 +6,17 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dtune.checkpoint import visible
 from dtune.checkpoint.reader import find_checkpoint, load_checkpoint
-from dtune.checkpoint.schema import CheckpointConfig
+from dtune.checkpoint.schema import CheckpointConfig, OnError
 from dtune.checkpoint.writer import Checkpointer
 from dtune.errors import CheckpointError, ConfigError
 from dtune.runtime.world import World
@@ -110,6 +112,115 @@ def damage_seen_by_one_rank_is_agreed_by_both(run_dir: Path, world: World) -> No
     assert load_newest(run_dir, world)[0] == 2
 
 
+def swapped_files_of_ranks_are_refused(run_dir: Path, world: World) -> None:
+    folder = write_run(run_dir, world, 1, 2) / "step-00000002"
+    for name in ("rank-0000{}.safetensors", "rng/rank-0000{}.safetensors"):
+        world.barrier()
+        if world.is_first:
+            exchange(folder / name.format(0), folder / name.format(1))
+        world.barrier()
+        assert load_newest(run_dir, world)[0] == 1
+        world.barrier()
+        if world.is_first:
+            exchange(folder / name.format(0), folder / name.format(1))
+        world.barrier()
+    assert load_newest(run_dir, world)[0] == 2
+
+
+def exchange(one: Path, other: Path) -> None:
+    contents = one.read_bytes(), other.read_bytes()
+    assert contents[0] != contents[1]
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+
+
+class Lagging:
+    """A file system that shows a folder late to this process."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.shown = time.monotonic() + seconds
+        self.folder = str(folder)
+
+    def hides(self, path: Path) -> bool:
+        return str(path).startswith(self.folder) and time.monotonic() < self.shown
+
+    @contextlib.contextmanager
+    def mounted(self) -> Iterator[None]:
+        real = Path.is_file
+
+        def is_file(path: Path) -> bool:
+            return not self.hides(path) and real(path)
+
+        Path.is_file = is_file  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Path.is_file = real  # type: ignore[method-assign]
+
+
+def files_that_show_late_are_waited_for(run_dir: Path, world: World) -> None:
+    folder = write_run(run_dir, world, 1, 2)
+    world.barrier()
+    late = Lagging(folder / "step-00000002", 2.0 if world.rank == 1 else 0.0)
+    with late.mounted():
+        assert load_newest(run_dir, world)[0] == 2
+    # As the first rank sees what the other has written in a save.
+    late = Lagging(folder / ".tmp-step-00000003", 1.0 if world.is_first else 0.0)
+    with late.mounted(), Checkpointer(folder, CheckpointConfig(), world) as checkpointer:
+        save_step(checkpointer, HoldingEngine(world), 3)
+    assert load_newest(run_dir, world)[0] == 3
+
+
+def files_that_never_show_are_an_error_on_both(run_dir: Path, world: World) -> None:
+    folder = write_run(run_dir, world, 1, 2)
+    world.barrier()
+    before, visible.VISIBLE_SECONDS = visible.VISIBLE_SECONDS, 0.3
+    try:
+        lag = Lagging(folder / "step-00000002" / "state.json", 60.0 if world.rank == 1 else 0.0)
+        with lag.mounted():
+            assert load_newest(run_dir, world)[0] == 1
+            path = str(folder / "step-00000002")
+            said = failure_of(lambda: find_checkpoint(run_dir, path, world))
+        assert "state.json is seen by another rank and for" in said
+        lag = Lagging(folder / ".tmp-step-00000003", 60.0 if world.is_first else 0.0)
+        with lag.mounted(), Checkpointer(folder, CheckpointConfig(), world) as checkpointer:
+            save_step(checkpointer, HoldingEngine(world), 3)
+            assert "must lie on a file system that all hosts share" in failure_of(checkpointer.wait)
+    finally:
+        visible.VISIBLE_SECONDS = before
+    world.barrier()
+    assert names_in(folder) == {"step-00000001", "step-00000002", "LATEST"}
+
+
+def an_error_of_one_rank_is_known_to_both_at_the_next_step(run_dir: Path, world: World) -> None:
+    folder = run_dir / "checkpoints"
+    engine = HoldingEngine(world, shapes={"param/large": (40_000,)})
+    config = CheckpointConfig(on_error=OnError.go_on)
+    with Checkpointer(folder, config, world) as checkpointer:
+        save_step(checkpointer, engine, 1)
+        checkpointer.wait()
+        assert checkpointer.failure is None
+        limit = limited_file_size(50_000) if world.rank == 1 else contextlib.nullcontext()
+        with limit:
+            save_step(checkpointer, engine, 2)
+            while not checkpointer.is_settled():
+                time.sleep(0.01)
+        assert checkpointer.failure is not None
+        assert checkpointer.failure.step == 2
+        assert "rank 1: " in checkpointer.failure.message
+        world.barrier()
+        assert names_in(folder) == {"step-00000001", "LATEST"}
+        world.barrier()
+        save_step(checkpointer, engine, 3)
+    assert load_step(run_dir, world) == 3
+
+
+def load_step(run_dir: Path, world: World) -> int:
+    info = find_checkpoint(run_dir, "auto", world)
+    assert info is not None
+    return info.step
+
+
 def saves_do_not_disturb_the_collectives_of_training(run_dir: Path, world: World) -> None:
     engine = HoldingEngine(world, shapes={"param/large": (400_000,)})
     with Checkpointer(run_dir / "checkpoints", CheckpointConfig(keep=1), world) as checkpointer:
@@ -153,7 +264,7 @@ def another_model_on_one_rank_is_refused_by_both(run_dir: Path, world: World) ->
         load_checkpoint(info, engine=engine, identity=IDENTITY, world=world)
 
 
-def failure_of(act: Callable[[], None]) -> str:
+def failure_of(act: Callable[[], object]) -> str:
     with pytest.raises(CheckpointError) as failed:
         act()
     return str(failed.value)
@@ -165,6 +276,10 @@ CASES = (
     each_rank_has_its_own_random_numbers_back,
     full_disk_of_one_rank_fails_the_save_on_both,
     damage_seen_by_one_rank_is_agreed_by_both,
+    swapped_files_of_ranks_are_refused,
+    files_that_show_late_are_waited_for,
+    files_that_never_show_are_an_error_on_both,
+    an_error_of_one_rank_is_known_to_both_at_the_next_step,
     saves_do_not_disturb_the_collectives_of_training,
     replicas_are_saved_once_and_read_by_all,
     another_model_on_one_rank_is_refused_by_both,

@@ -74,6 +74,47 @@ def test_flipped_bit_anywhere_is_found_and_the_file_named(
     assert chosen_step(run_dir, world) == 2
 
 
+def test_of_a_hundred_random_flips_over_all_files_a_hundred_are_found(
+    run_dir: Path, newest: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = random.Random(20)
+    contents = {name: (newest / name).read_bytes() for name in FILES}
+    places = [(name, at) for name, data in contents.items() for at in range(len(data))]
+    found = 0
+    for name, at in chosen.sample(places, 100):
+        damaged = bytearray(contents[name])
+        damaged[at] ^= 1 << chosen.randrange(8)
+        (newest / name).write_bytes(damaged)
+        caplog.clear()
+        found += chosen_step(run_dir, world) == 1 and str(newest / name) in caplog.text
+        (newest / name).write_bytes(contents[name])
+    assert found == 100
+    assert chosen_step(run_dir, world) == 2
+
+
+def test_past_several_bad_ones_a_good_one_is_gone_on_from_and_the_bad_ones_are_kept(
+    tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_run(tmp_path, world, 1, 2, 3, 4)
+    harms: dict[str, Callable[[Path], None]] = {
+        "rank-00000.safetensors": truncate,
+        "state.json": Path.unlink,
+        "manifest.json": empty,
+    }
+    for step, (name, harm) in enumerate(harms.items(), start=2):
+        harm(folder / f"step-{step:08d}" / name)
+    with caplog.at_level(logging.WARNING, "dtune"):
+        assert chosen_step(tmp_path, world) == 1
+    skipped = [record.message for record in caplog.records if "passed over" in record.message]
+    assert len(skipped) == 3
+    for step, said, name in zip((4, 3, 2), skipped, reversed(harms), strict=True):
+        assert f"step-{step:08d} is damaged" in said
+        assert name in said
+    assert sorted(path.name for path in folder.glob("step-*")) == [
+        f"step-{step:08d}" for step in (1, 2, 3, 4)
+    ]
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -218,12 +259,28 @@ def test_missing_shard_of_a_larger_world_is_refused(
     assert "rank-00001.safetensors" in caplog.text
 
 
-def test_newer_format_is_refused_with_its_version(
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_newer_format_is_refused_with_what_to_do_and_not_passed_over(
+    run_dir: Path, newest: Path, world: World, resume: str
+) -> None:
+    """Going on from the step before would do anew, and differently, what a newer dtune has done."""
+    reseal(newest, lambda body: body.update(version=2, written_by="9.1"))
+    with pytest.raises(CheckpointError) as refused:
+        find_checkpoint(run_dir, str(newest) if resume == "path" else resume, world)
+    for part in (str(newest), "format version 2, written by dtune 9.1", "Update dtune", "resume="):
+        assert part in str(refused.value)
+    info = find_checkpoint(run_dir, str(newest.with_name("step-00000001")), world)
+    assert info is not None
+    assert info.step == 1
+
+
+def test_of_a_newer_format_that_is_damaged_the_damage_counts(
     run_dir: Path, newest: Path, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reseal(newest, lambda body: body.update(version=2))
+    manifest = (newest / "manifest.json").read_bytes()
+    (newest / "manifest.json").write_bytes(manifest.replace(b'"version":1', b'"version":2'))
     assert chosen_step(run_dir, world) == 1
-    assert "format version 2" in caplog.text
+    assert "its checksum does not fit" in caplog.text
 
 
 def refused_load(run_dir: Path, world: World, **other: Any) -> str:

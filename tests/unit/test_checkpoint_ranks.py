@@ -43,7 +43,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, world: World) -> tuple[Pat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [start_rank(rank, port, folder) for rank in (0, 1)]
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=400)[1] for process in processes]
     return folder, "\n".join(f"rank {rank}: {text[-3000:]}" for rank, text in enumerate(said))
 
 

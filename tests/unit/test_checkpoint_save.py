@@ -240,6 +240,8 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path, world: World) -> N
 
 def test_nothing_is_pickled(tmp_path: Path, world: World) -> None:
     for path in Path(dtune.checkpoint.__file__).parent.glob("*.py"):
+        if path.name == "universal.py":
+            continue  # DeepSpeed's files are pickles, of which it reads tensors and plain values.
         assert not re.search(r"pickle|torch\.load|torch\.save", path.read_text()), path
     folder = write_run(tmp_path, world, 1)
     files = [path for path in (folder / "step-00000001").rglob("*") if path.is_file()]

@@ -239,7 +239,8 @@ def test_seed_and_shuffle_decide_the_order(dataset: TokenDataset) -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro", "together", "world_size", "nearest"), [(3, 8, 1, 9), (8, 4, 1, 8), (2, 6, 4, 8)]
+    ("micro", "together", "world_size", "nearest"),
+    [(3, 8, 1, 9), (8, 4, 1, 8), (2, 6, 4, 8), (2, 16, 3, 18)],
 )
 def test_a_global_batch_that_does_not_divide_names_a_right_one(
     micro: int, together: int, world_size: int, nearest: int
@@ -247,7 +248,12 @@ def test_a_global_batch_that_does_not_divide_names_a_right_one(
     with pytest.raises(ConfigError) as error:
         check_batch_sizes(micro_batch_size=micro, global_batch_size=together, world_size=world_size)
     assert f"train.global_batch_size={together} is not a multiple of" in str(error.value)
-    assert f"set train.global_batch_size={nearest}," in str(error.value)
+    assert str(error.value).partition("set train.global_batch_size=")[2].split(",")[0] == str(
+        nearest
+    )
+    # A micro batch is named only where one would do.
+    named = str(error.value).partition("to a divisor of ")[2]
+    assert named == (str(together // world_size) if together % world_size == 0 else "")
 
 
 def test_prefetch_gives_the_same_batches(dataset: TokenDataset) -> None:

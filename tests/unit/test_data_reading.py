@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtune.data.formats import check_columns, parse_row
+from dtune.data.formats import parse_row
 from dtune.data.readers import READERS, RawRow
-from dtune.data.schema import Format
+from dtune.data.schema import DataConfig, Format
 from dtune.data.sources import HubSource, open_source
 from dtune.errors import ConfigError, DataError
 from dtune.types import Message, Row
@@ -230,8 +230,8 @@ def test_a_row_of_the_wrong_form_says_what_was_expected_and_found(
 
 def test_renaming_a_column_that_the_format_lacks_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"data\.columns.*'instrution'.*mean instruction\?"):
-        check_columns(Format.alpaca, {"instrution": "q"})
-    check_columns(Format.alpaca, {"instruction": "q", "task": "kind"})
+        DataConfig(columns={"instrution": "q"})
+    DataConfig(columns={"instruction": "q", "task": "kind"})
 
 
 def source_rows(path: object) -> list[RawRow]:

@@ -45,7 +45,8 @@ def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Prepare:
     def run(rows: list[dict[str, object]], **fields: object) -> TokenDataset:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = DataConfig(path=str(path), cache_dir=str(tmp_path / "cache"))
+        cache = str(tmp_path / "cache")
+        config = DataConfig(path=str(path), cache_dir=cache, max_bad_share=1.0)
         config = replace(config, **fields)  # type: ignore[arg-type]
         objective = PretrainConfig() if config.format is Format.text else SftConfig()
         return prepare_dataset(
@@ -151,7 +152,10 @@ def test_a_malformed_row_stops_or_is_counted(
     prepare: Prepare, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [row_of(3, 1), {"instruction": "Q", "output": 5}, {"instruction": "Q"}, row_of(3, 1)]
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: .*found a number \(5\); mend the row, or"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)rows\.jsonl:2: .*found a number \(5\)\n.*rows\.jsonl:3: .*mend them, or",
+    ):
         prepare(rows)
     with caplog.at_level(logging.INFO, logger="dtune"):
         dataset = prepare(rows, on_bad_row=OnBadRow.skip)
@@ -229,6 +233,7 @@ def test_eval_reads_its_own_path(
         cache_dir=str(tmp_path / "cache"),
         max_rows=1,
         on_bad_row=OnBadRow.skip,
+        max_bad_share=0.5,
     )
     objective = SftConfig().build(tokenizer)
     with pytest.raises(DataError, match=r"data\.eval_path=.*there is no such file"):

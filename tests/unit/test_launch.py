@@ -18,6 +18,7 @@ from dtune_launch.local import (
     exit_code,
     forwarding_signals,
     job_command,
+    kill_tree,
     run_job,
     start_job,
 )
@@ -35,10 +36,14 @@ rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTAR
 stop = []
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: stop.append(number))
+# Held back until there is somebody to hear them, as for the ranks of dtune.
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
 print("out of rank", rank, flush=True)
 (folder / f"started-{rank}-{attempt}").touch()
 if how == "fail" and rank == "1":
     sys.exit(7)
+if how == "wrong" and rank == "1":
+    sys.exit(2)
 if how == "die-once" and rank == "1" and attempt == "0":
     os.kill(os.getpid(), signal.SIGKILL)
 if how == "save":
@@ -62,7 +67,7 @@ def job(module: str, how: str, folder: Path, **kwargs) -> JobSpec:
 
 
 def wait_for(*paths: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, f"none of {paths} came"
         time.sleep(0.02)
@@ -71,7 +76,8 @@ def wait_for(*paths: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "key"),
     [
-        ({"nproc": 0}, "launch.nproc=0"),
+        ({"nproc": "0"}, "launch.nproc=0"),
+        ({"nproc": "-3"}, "launch.nproc=-3"),
         ({"nproc": "many"}, "launch.nproc=many"),
         ({"max_restarts": -1}, "launch.max_restarts=-1"),
     ],
@@ -87,8 +93,8 @@ def test_wrong_launch_config_names_its_key(wrong: dict[str, object], key: str) -
         ("auto", "single", 8, 1),
         ("auto", "fsdp", 8, 8),
         ("auto", "ddp", 0, 2),
-        (3, "fsdp", 8, 3),
-        (2, "single", 0, 2),
+        ("3", "fsdp", 8, 3),
+        ("2", "single", 0, 2),
     ],
 )
 def test_nproc_auto_is_one_a_gpu(nproc, engine, devices, expected) -> None:
@@ -145,6 +151,8 @@ def test_environment_disables_the_shared_store_and_keeps_what_the_user_set(tmp_p
     spec = JobSpec("m", (), tmp_path, nproc=4, env={"EXTRA": "1"})
     added = job_environment(spec, {}, cores=10)
     assert added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    # A save may take minutes; torchrun kills after half of one.
+    assert added["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     assert added["OMP_NUM_THREADS"] == "2"
     assert added["EXTRA"] == "1"
     assert "OMP_NUM_THREADS" not in job_environment(spec, {"OMP_NUM_THREADS": "5"}, cores=10)
@@ -192,6 +200,16 @@ def test_ranks_restart_after_one_was_killed(rank_module: str, tmp_path: Path) ->
         assert (tmp_path / f"started-{rank}-1").exists()
 
 
+def test_ranks_with_a_wrong_config_are_not_started_again(
+    rank_module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(job(rank_module, "wrong", tmp_path, nproc=2, max_restarts=3)) == 2
+    assert sorted(path.name for path in tmp_path.glob("started-*")) == [
+        "started-0-0",
+        "started-1-0",
+    ]
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_every_rank_saves_when_the_launcher_is_signalled(
@@ -203,9 +221,25 @@ def test_every_rank_saves_when_the_launcher_is_signalled(
         running.append(start_job(job(rank_module, "save", tmp_path, nproc=nproc)))
         wait_for(*(tmp_path / f"started-{rank}-0" for rank in ranks))
         os.kill(os.getpid(), number)
-        running[0].wait(timeout=60)
+        running[0].wait(timeout=240)
     assert received == [number]
     assert all((tmp_path / f"saved-{rank}").exists() for rank in ranks)
+
+
+def test_an_agent_that_alone_is_signalled_tells_its_ranks(rank_module: str, tmp_path: Path) -> None:
+    """As Slurm does where it knows only the tasks that it has started."""
+    agent = subprocess.Popen(
+        job_command(job(rank_module, "save", tmp_path, nproc=2)),
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        start_new_session=True,
+    )
+    try:
+        wait_for(tmp_path / "started-0-0", tmp_path / "started-1-0")
+        agent.send_signal(signal.SIGUSR1)
+        assert agent.wait(timeout=240) == 0
+    finally:
+        kill_tree(agent.pid)
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
 
 
 def test_a_second_interrupt_kills_the_whole_tree(rank_module: str, tmp_path: Path) -> None:
@@ -215,7 +249,7 @@ def test_a_second_interrupt_kills_the_whole_tree(rank_module: str, tmp_path: Pat
         wait_for(tmp_path / "started-0-0", tmp_path / "started-1-0")
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        assert exit_code(running[0].wait(timeout=20)) == 128 + signal.SIGKILL
+        assert exit_code(running[0].wait(timeout=120)) == 128 + signal.SIGKILL
     assert not list(_processes_of(str(tmp_path)))
 
 

@@ -61,7 +61,7 @@ def test_checkpoints_alone_are_a_run(tmp_path: Path) -> None:
         ({"TORCHELASTIC_RESTART_COUNT": "1"}, "false", "auto"),
         ({"TORCHELASTIC_RESTART_COUNT": "1"}, "own", "auto"),
         ({"TORCHELASTIC_RESTART_COUNT": "1"}, "elsewhere", "elsewhere"),
-        ({"SLURM_RESTART_COUNT": "2"}, "false", "false"),
+        ({"SLURM_RESTART_COUNT": "2"}, "false", "auto"),
         ({"SLURM_RESTART_COUNT": "2"}, "own", "auto"),
         ({"SLURM_RESTART_COUNT": "2"}, "elsewhere", "elsewhere"),
     ],
@@ -77,7 +77,7 @@ def test_what_was_gone_back_to_once_is_not_gone_back_to_by_the_next_attempt(
         "own": str(tmp_path / "run" / "checkpoints" / "step-00000001"),
         "elsewhere": str(tmp_path / "run2"),
     }
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "DTUNE_GOES_ON"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

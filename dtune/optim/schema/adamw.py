@@ -30,6 +30,8 @@ class AdamConfig(OptimConfig):
         for key, value in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0.0 <= value < 1.0:
                 raise ConfigError(f"optim.{key}={value} must be in [0, 1)")
+        if not self.eps > 0.0:
+            raise ConfigError(f"optim.eps={self.eps} must be above 0")
 
 
 @OPTIM.register

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 Row = dict[str, str | int | float]
-"""``kind`` (train, eval, resume), ``step``, and numbers by name."""
+"""``kind`` (train, eval, resume, guard), ``step``, and numbers by name."""
 
 
 class Sink(Protocol):

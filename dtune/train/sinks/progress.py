@@ -30,6 +30,9 @@ class LineSink:
         """Log the row, if a line is due."""
         if row["kind"] != "train":
             log.info("%s", describe_other(row))
+            if row["kind"] == "resume":
+                # Steps come again: the pace is measured anew.
+                self._first_step = None
             return
         step = int(row["step"])
         if self._first_step is None:

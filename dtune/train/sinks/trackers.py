@@ -8,6 +8,9 @@ from pathlib import Path
 from dtune.runtime.schema import WandbMode
 from dtune.train.sinks.base import Row
 
+FINISH_SECONDS = 60.0
+"""What a tracker's server has to take the rest of a run in."""
+
 
 def numbers(row: Row) -> dict[str, float]:
     """Numeric entries of a row, named ``kind/entry``."""
@@ -58,6 +61,8 @@ class WandbSink:
             mode=mode.value,
             config=config,
             name=folder.parent.name,
+            # What it does at the end of the process waits as well, without a limit otherwise.
+            settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
         )
 
         self._run.define_metric("step")

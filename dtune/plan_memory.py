@@ -1,4 +1,4 @@
-"""The memory part of ``dtune plan``: what the fullest rank of a run holds, counted."""
+"""What the fullest rank of a run holds, counted: for ``dtune plan``, and where memory runs out."""
 
 from __future__ import annotations
 
@@ -101,17 +101,7 @@ def plan_memory(
         batch: One micro batch, on the CPU; only its shapes and counts are read.
         loss: Forward and loss.
     """
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    planned = Planned(
-        model,
-        spec,
-        request.optim.build(trained, rate_factor=request.rate_factor),
-        request.optim.state_of,
-        request.precision,
-        request.ranks,
-        request.accumulates,
-    )
-    held = request.parallel.footprint(planned)
+    held = plan_held(model, spec, request)
     offloader = wrap_blocks(
         model, spec, recompute=request.recompute, compile_blocks=False, offload=request.offload
     )
@@ -135,11 +125,26 @@ def plan_memory(
     return MemoryPlan(held, saved, offloaded)
 
 
-def memory_rows(
-    run: RunConfig, built: BuiltModel, batch: Batch | None, ranks: int, *, accumulates: bool
-) -> Rows:
-    """The rows of a composed run. Without data every token of a full micro batch is trained on."""
-    request = MemoryRequest(
+def plan_held(model: nn.Module, spec: ModelSpec, request: MemoryRequest) -> Footprint:
+    """Count what a rank holds besides activations; leaves the model as it is."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    planned = Planned(
+        model,
+        spec,
+        request.optim.build(trained, rate_factor=request.rate_factor),
+        request.optim.state_of,
+        request.precision,
+        request.ranks,
+        request.accumulates,
+    )
+    return request.parallel.footprint(planned)
+
+
+def request_of(
+    run: RunConfig, built: BuiltModel, ranks: int, *, accumulates: bool
+) -> MemoryRequest:
+    """What decides the memory of a composed run."""
+    return MemoryRequest(
         run.parallel,
         run.optim,
         run.precision.name,
@@ -150,9 +155,16 @@ def memory_rows(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         built.method.rate_factor,
     )
+
+
+def memory_rows(
+    run: RunConfig, built: BuiltModel, batch: Batch | None, ranks: int, *, accumulates: bool
+) -> Rows:
+    """The rows of a composed run. Without data every token of a full micro batch is trained on."""
+    request = request_of(run, built, ranks, accumulates=accumulates)
     used = batch or full_batch(run.train.micro_batch_size, run.data.max_length)
     try:
-        plan = plan_memory(built.model, built.spec, request, used, _causal_loss)
+        plan = plan_memory(built.model, built.spec, request, used, plain_loss)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return [("memory", f"not counted: {built.spec.family} decides by values ({error})")]
     rows, width = used.input_ids.shape
@@ -177,5 +189,6 @@ def full_batch(rows: int, width: int) -> Batch:
     )
 
 
-def _causal_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+def plain_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Loss of next tokens; its memory is that of every objective."""
     return causal_loss(model, batch).total

@@ -1,0 +1,1 @@
+"""Sweeps: their folder, how each trial stands, what starts trials, and which was best."""
