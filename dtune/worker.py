@@ -11,7 +11,6 @@ if __name__ == "__main__":
     OF_THIS_PROCESS.install(at_once=True, run_dir="".join(sys.argv[1:2]))
 
 import os
-import re
 import signal
 import traceback
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from types import TracebackType
 import torch
 
 from dtune.assemble import assemble
+from dtune.checkpoint.visible import await_file, may_pass
 from dtune.config.freeze import read_frozen
 from dtune.config.run import RunConfig
 from dtune.config.support import check_run
@@ -44,8 +44,6 @@ from dtune.train.trainer import Trainer
 
 ECHO_SECONDS = 3.0
 """How long a rank that lost another one waits to hear what became of it."""
-PASSING = frozenset({"EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENODEV", "ENXIO", "ENOTCONN"})
-"""What file systems say that are away for a while, those of networks above all."""
 ADVICE_SECONDS = 5.0
 """How long a rank that is out of memory may count what would help."""
 
@@ -56,6 +54,9 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m dtune.worker RUN_DIR\n")
         return 2
+    if is_of_several_hosts():
+        # What the first host has just written may be seen here later.
+        await_file(Path(arguments[0]) / "config.yaml")
     try:
         run = read_frozen(arguments[0])
     except ConfigError as error:
@@ -69,6 +70,12 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     world = World.start(collective_timeout(run.watch))
     watch.heartbeat.at(Place.nowhere)
     return run_worker(run, world, watch, stop)
+
+
+def is_of_several_hosts() -> bool:
+    """Whether the ranks of the run are on more than one host."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
 
 
 def run_worker(
@@ -272,21 +279,12 @@ class Outcome:
 def state_of(error: BaseException) -> State:
     """How a run stands that an error has ended."""
     if isinstance(error, CheckpointError):
-        return State.failed if may_pass(error) else State.config_error
+        return State.failed if may_pass(str(error)) else State.config_error
     if isinstance(error, ConfigError):
         return State.config_error
     if isinstance(error, DivergedError):
         return State.diverged
     return State.hung if isinstance(error, HungError) else State.failed
-
-
-def may_pass(error: CheckpointError) -> bool:
-    """Whether the disk failed, as it may not do again; a full one is for the user to mend.
-
-    By the name of the error, which is all that comes from other ranks.
-    """
-    names = set(re.findall(r"\((E[A-Z0-9]+)\)", str(error)))
-    return bool(names) and names <= PASSING
 
 
 def lost_a_peer(error: BaseException) -> bool:

@@ -107,13 +107,19 @@ def launch(job: JobSpec, launcher: LaunchConfig, stop: StopRequest) -> int:
         ended.append(main(arguments, stop))
         return ended[0]
 
-    # From here on the ranks are told.
+    # From here on it is for the ranks to stop, which are told.
     stop.install()
     try:
-        code = launcher.start(job, in_process)
+        code = launcher.start(job, in_process, lambda: stop.is_set)
     except LaunchError as error:
         withdraw_start(job.run_dir)
         raise ConfigError(str(error)) from error
+    if code is None and stop.is_set:
+        folder = shlex.quote(str(job.run_dir))
+        sys.stderr.write(
+            f"dtune: {stop.signal_name} came while the job was submitted, and the job is in the "
+            f"queue: dtune cancel {folder} ends it\n"
+        )
     if code is None or ended:
         return code or 0
     status = read_status(job.run_dir) if (job.run_dir / "status.json").is_file() else None

@@ -148,6 +148,8 @@ class StopRequest:
             self._wakeup = None
 
     def _end(self, reader: socket.socket) -> None:
+        # A signal that the main thread holds back must wait, and not come in here.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with reader:
             came = reader.recv(1)
             while came and came[0] not in SIGNALS:

@@ -28,7 +28,8 @@ fi
 if [[ -n $other && $other != "$self" ]]; then
   now=$(squeue --noheader --states=all --format=%T --jobs="$other" 2>/dev/null || true)
   case $now in
-    PENDING* | RUNNING* | CONFIGURING* | COMPLETING* | REQUEUE* | SUSPENDED* | STOPPED*)
+    PENDING* | REQUEUED* | REQUEUE_HOLD* | REQUEUE_FED* | SPECIAL_EXIT* | RUNNING* | \
+      COMPLETING* | CONFIGURING* | RESIZING* | SIGNALING* | STAGE_OUT* | STOPPED* | SUSPENDED*)
       say "run_dir=$run_dir has a job already: $other is $now; end it by dtune cancel $run_dir," \
         "or name another run_dir"
       exit 2

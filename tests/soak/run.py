@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
         deadline = time.monotonic() + 60 * options.minutes
         restart_cleanly(soak)
         # Where the machine is so slow that they would take all of the time.
-        kill_at_random(soak, time.monotonic() + 20 * options.minutes)
+        kill_at_random(soak, time.monotonic() + 36 * options.minutes)
         mix(soak, deadline)
         batch(soak)
         loads.append(os.getloadavg()[0])
@@ -190,21 +190,25 @@ def restart_cleanly(soak: Soak) -> None:
 
 def kill_at_random(soak: Soak, deadline: float) -> None:
     """kill -9 of a rank or the tree at any time, also while the run starts."""
-    chance, left = random.Random(soak.options.seed + 1), [soak.options.kills]
+    chance, left = random.Random(soak.options.seed + 1), soak.options.kills
     # As long as a run takes: it is met while it starts, steps, saves and exports.
     span = soak.whole(COURSES[0]).seconds
 
-    def faults() -> Iterator[tuple[float, str]]:
-        while left[0] and time.monotonic() < deadline:
-            left[0] -= 1
+    def faults(most: int) -> Iterator[tuple[float, str]]:
+        for _ in range(most):
+            if time.monotonic() > deadline:
+                return
             yield (
                 chance.uniform(0, span),
                 chance.choice(("kill -9 of a rank", "kill -9 of a rank", "kill -9 of the tree")),
             )
 
-    while left[0] and time.monotonic() < deadline:
-        if soak.endure(COURSES[0], faults()).problems:
+    while left and time.monotonic() < deadline:
+        result = soak.endure(COURSES[0], faults(left))
+        if result.problems:
             return
+        # What was to come after the run had ended has not happened.
+        left -= len(result.faults)
 
 
 def mix(soak: Soak, deadline: float) -> None:

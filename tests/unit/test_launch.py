@@ -176,6 +176,18 @@ def test_exit_code_of_one_process_is_passed_on(rank_module: str, tmp_path: Path)
     assert exit_code(-9) == 137
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_job_that_is_stopped_before_it_is_started_is_not_started(
+    rank_module: str, tmp_path: Path, nproc: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    code = run_job(job(rank_module, "end", tmp_path, nproc=nproc), lambda: True)
+    assert code == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("started-*"))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_two_ranks_end_the_first_on_the_terminal_the_other_in_a_file(
     rank_module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

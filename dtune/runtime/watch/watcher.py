@@ -127,7 +127,13 @@ class Watcher:
             self._on_bye()
 
     def _listen(self, *, local: bool) -> None:
-        self._server = socket.create_server(("127.0.0.1" if local else "", 0), backlog=1024)
+        both = not local and socket.has_dualstack_ipv6()
+        self._server = socket.create_server(
+            ("127.0.0.1" if local else "", 0),
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            dualstack_ipv6=both,
+            backlog=1024,
+        )
         self.control.send("listening", port=self._server.getsockname()[1])
 
     def _join(self, message: Message) -> None:
