@@ -21,7 +21,7 @@ from dtune.checkpoint.reader import CHECKPOINTS
 from dtune.train.sinks.base import Row
 from dtune.train.sinks.jsonl import read_metrics
 
-INJECTED = Path(__file__).with_name("injected")
+INJECTED = Path(__file__).parents[1] / "injected"
 KINDS = ("kill", "raise", "exit", "abort", "segfault")
 """Ways in which a worker ends."""
 # What a clock or the process decides.

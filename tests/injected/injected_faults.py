@@ -1,5 +1,4 @@
-"""Makes a worker fail on purpose. Python runs this file at its start where PYTHONPATH names its
-folder, so the whole command is the real one and no code of dtune knows of it.
+"""Makes a worker fail on purpose.
 
 ``DTUNE_TEST_FAULTS`` names a folder with ``plan.json``, a list of faults (tests/faults/injection.py
 writes it). They happen one after another, one in each attempt; ``fired-<n>.json`` tells of each.
@@ -8,21 +7,16 @@ writes it). They happen one after another, one in each attempt; ``fired-<n>.json
 from __future__ import annotations
 
 import ctypes
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-TRAINER = "dtune.train.trainer"
 
 
 def _kill(trainer: Any) -> None:
@@ -115,28 +109,3 @@ def patch(module: ModuleType) -> None:
         return advance(self, step, *args, **kwargs)
 
     trainer.advance = counted
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    """Finds the trainer as others do, and patches it once it has been loaded."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != TRAINER:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        load = spec.loader.exec_module
-
-        def load_and_patch(module: ModuleType) -> None:
-            load(module)
-            patch(module)
-
-        spec.loader.exec_module = load_and_patch  # type: ignore[method-assign]
-        return spec
-
-
-if "DTUNE_TEST_FAULTS" in os.environ and "dtune.worker" in sys.orig_argv:
-    sys.meta_path.insert(0, Finder())

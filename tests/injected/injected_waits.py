@@ -1,5 +1,4 @@
-"""Makes training slow where a test wants it. Python runs this file at its start where PYTHONPATH
-names its folder, so the whole command is the real one and no code of dtune knows of it.
+"""Makes training slow where a test wants it.
 
 ``DTUNE_TEST_HOLD_AT``: in a job's first attempt, before that step, the first rank waits until it is
 asked to stop. ``DTUNE_TEST_SLOW_SAVE``: seconds that the save takes longer which follows.
@@ -7,18 +6,12 @@ asked to stop. ``DTUNE_TEST_SLOW_SAVE``: seconds that the save takes longer whic
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import os
-import sys
 import time
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-TRAINER = "dtune.train.trainer"
-HOLD_AT = int(os.environ.get("DTUNE_TEST_HOLD_AT", "0"))
+HOLD_AT = int(os.environ["DTUNE_TEST_HOLD_AT"])
 SLOW_SAVE = float(os.environ.get("DTUNE_TEST_SLOW_SAVE", "0"))
 
 
@@ -45,28 +38,3 @@ def patch(module: ModuleType) -> None:
 
     if "SLURM_RESTART_COUNT" not in os.environ:
         trainer.advance, trainer.save, os.fsync = held, slowed, slow_fsync
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    """Finds the trainer as others do, and patches it once it has been loaded."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != TRAINER:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        load = spec.loader.exec_module
-
-        def load_and_patch(module: ModuleType) -> None:
-            load(module)
-            patch(module)
-
-        spec.loader.exec_module = load_and_patch  # type: ignore[method-assign]
-        return spec
-
-
-if HOLD_AT:
-    sys.meta_path.insert(0, Finder())
