@@ -90,6 +90,8 @@ class Injector:
     def fire(self, step: int, fault: dict[str, Any], trainer: Any) -> None:
         time.sleep(fault["delay"])
         fact = {**fault, "step": step, "pid": os.getpid(), "time": time.time()}
+        latest = Path(sys.argv[-1]) / "checkpoints" / "LATEST"
+        fact["published"] = int(latest.read_text()[5:]) if latest.is_file() else -1
         fact["attempt"] = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         mark = self.mark(self.number)
         # Whole or not there: who waits for it may end this process.
