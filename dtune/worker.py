@@ -33,7 +33,7 @@ from dtune.runtime.clocks import warn_of_clocks
 from dtune.runtime.lock import STALE_SECONDS, holding, is_held_here
 from dtune.runtime.logs import log, log_to_file, start_logging
 from dtune.runtime.seed import seed_everything
-from dtune.runtime.status import FAILURES, State, Status, read_status, write_status
+from dtune.runtime.status import FAILURES, State, Status, status_of, write_status
 from dtune.runtime.watch.client import Watch
 from dtune.runtime.watch.heartbeat import Place
 from dtune.runtime.watch.join import collective_timeout, join_watchers
@@ -147,7 +147,7 @@ def is_over_for_good(run: RunConfig) -> bool:
     """
     if not is_restart():
         return False
-    status = read_status(run.run_dir)
+    status, _ = status_of(run.run_dir)
     hung = status.state is State.hung and run.watch.on_hang is OnHang.stop
     return hung or status.hopeless or status.state is State.preempted
 
@@ -167,21 +167,18 @@ def begin_attempt(run: RunConfig, world: World) -> RunConfig:
 
 def _says_preempted_before(run_dir: str) -> bool:
     """Whether the status is of an attempt before this process, which was preempted."""
-    if not (Path(run_dir) / "status.json").is_file():
-        return False
-    status = read_status(run_dir)
+    status, _ = status_of(run_dir)
     return status.state is State.preempted and status.time < OF_THIS_PROCESS.created
 
 
 def _says_running(run_dir: str) -> bool:
     told = (Path(run_dir) / "status.json").is_file()
-    return told and read_status(run_dir).state is State.running
+    return told and status_of(run_dir)[0].state is State.running
 
 
 def describe_end(run_dir: str) -> str:
     """What is known of how the attempt before this one ended."""
-    told = (Path(run_dir) / "status.json").is_file()
-    before = read_status(run_dir) if told else Status(State.running)
+    before, _ = status_of(run_dir)
     if before.state not in FAILURES:
         return "starting again: a rank has ended without a word, killed or crashed"
     who = f"rank {before.rank}" if before.rank >= 0 else "the run"
@@ -254,7 +251,7 @@ class Outcome:
             return True
         if not self._stop.ends_at_once or not isinstance(error, RuntimeError):
             return False
-        return self._stop.is_set or read_status(self._run_dir).state is State.preempted
+        return self._stop.is_set or status_of(self._run_dir)[0].state is State.preempted
 
     def _tell(self, error: BaseException, trail: str) -> None:
         """The first failure goes to status.json, the log and the other ranks."""

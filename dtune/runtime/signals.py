@@ -13,14 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from dtune.runtime.status import (
-    EXIT_CODES,
-    FAILURES,
-    State,
-    Status,
-    read_status,
-    write_status,
-)
+from dtune.runtime.status import EXIT_CODES, FAILURES, State, Status, status_of, write_status
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -122,7 +115,7 @@ class StopRequest:
         folder = self._run_dir
         if folder is None or not (folder / "status.json").is_file():
             return
-        before = read_status(folder)
+        before, _ = status_of(folder)
         # torchrun may just be starting the ranks again.
         of_before = before.state in FAILURES and before.time < self.created
         if before.state is State.running or of_before:

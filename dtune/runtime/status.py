@@ -72,7 +72,8 @@ def write_status(
     """
     path = Path(run_dir) / "status.json"
     if status.state is not State.running and path.is_file():
-        before = read_status(run_dir)
+        # A damaged one, as a full disk leaves it, tells of nothing.
+        before, _ = status_of(run_dir)
         # What fails after a rank was preempted has only lost it.
         lost = before.state is State.preempted and status.state in FAILURES
         final = (before.state in FAILURES and before.time >= since) or lost

@@ -42,6 +42,8 @@ class Task:
     folder: Path
     nproc: int
     max_restarts: int
+    save_seconds: float = JobSpec.save_seconds
+    """As of its processes."""
 
     def job(self, env: Mapping[str, str]) -> JobSpec:
         """Its processes."""
@@ -51,6 +53,7 @@ class Task:
             run_dir=self.folder,
             nproc=self.nproc,
             max_restarts=self.max_restarts,
+            save_seconds=self.save_seconds,
             env=env,
         )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dtune_launch.schema.slurm import SlurmConfig
 
 # A question must not hold the user up: without an answer sbatch is asked itself.
-_ASK_SECONDS = 1.5
+_ASK_SECONDS = 0.8
 WAITING = tuple("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT".split())
 WORKING = tuple(
     "RUNNING COMPLETING CONFIGURING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED".split()

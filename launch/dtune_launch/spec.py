@@ -88,6 +88,8 @@ class JobSpec:
     run_dir: Path
     nproc: int = 1
     max_restarts: int = 0
+    save_seconds: float = 1800.0
+    """Longest that a save may give no sign of life, ``watch.save``; 0: for ever."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables beyond those of this process."""
     nodes: int = 1

@@ -97,6 +97,18 @@ def workers_of(run_dir: Path) -> dict[int, int]:
     return ranks
 
 
+def family(pid: int) -> list[int]:
+    """A process and all that come from it."""
+    found = [pid]
+    for parent in found:
+        children = Path(f"/proc/{parent}/task/{parent}/children")
+        try:
+            found += [int(child) for child in children.read_text().split()]
+        except OSError:
+            continue  # It has just ended.
+    return found
+
+
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
     """Send a signal; whether the process was still there."""
     try:

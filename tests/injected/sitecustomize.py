@@ -1,4 +1,4 @@
-"""Changes the trainer for a test. Python runs this file at its start where PYTHONPATH names its
+"""Changes one module for a test. Python runs this file at its start where PYTHONPATH names its
 folder, so the whole command is the real one and no code of dtune knows of it.
 """
 
@@ -16,15 +16,16 @@ TRAINER = "dtune.train.trainer"
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the trainer as others do, and patches it once it has been loaded."""
+    """Finds a module as others do, and patches it once it has been loaded."""
 
-    def __init__(self, patch: Callable[[ModuleType], None]) -> None:
+    def __init__(self, patch: Callable[[ModuleType], None], module: str = TRAINER) -> None:
         self.patch = patch
+        self.module = module
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != TRAINER:
+        if name != self.module:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         assert spec is not None
@@ -47,3 +48,7 @@ if os.environ.get("DTUNE_TEST_HOLD_AT", "0") != "0":
     import injected_waits
 
     sys.meta_path.insert(0, Finder(injected_waits.patch))
+if "DTUNE_TEST_WAIT_IN" in os.environ:
+    import injected_stops
+
+    sys.meta_path.insert(0, Finder(injected_stops.patch, injected_stops.MODULE))

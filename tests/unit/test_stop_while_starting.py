@@ -81,3 +81,14 @@ def test_a_signal_before_the_ranks_are_started_is_not_lost(
         assert launch(job, LocalConfig(), stop) == EXIT_CODES[State.preempted]
     assert started == []
     assert read_status(tmp_path).state is State.preempted
+
+
+def test_a_status_that_a_full_disk_has_cut_off_does_not_hide_how_the_job_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "status.json").write_text('{"state": "run')
+    monkeypatch.setattr("dtune_launch.local._run", lambda *given: 7)
+    job = JobSpec("dtune.worker", (str(tmp_path),), tmp_path, nproc=2)
+    with StopRequest().in_charge() as stop:
+        assert launch(job, LocalConfig(), stop) == 7
+    assert "status.json cannot be read" in capsys.readouterr().err

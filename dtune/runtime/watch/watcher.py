@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.runtime.status import State, Status, status_of, write_status
 from dtune.runtime.watch.chair import Cause, Chair
 from dtune.runtime.watch.heartbeat import Heartbeat
 from dtune.runtime.watch.judge import Limits, Report
@@ -190,9 +190,10 @@ class Watcher:
 
     def _says(self, state: State) -> bool:
         """How the run stands: preempted, where a rank has left because a signal asked for it."""
+        told = Path(self.orders.run_dir) / "status.json"
         try:
-            return read_status(self.orders.run_dir).state is state
-        except (OSError, ValueError):
+            return told.is_file() and status_of(self.orders.run_dir)[0].state is state
+        except OSError:
             return False
 
     def _finish(self) -> None:
