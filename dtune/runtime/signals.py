@@ -140,12 +140,21 @@ class StopRequest:
             self._wakeup.close()
             self._wakeup = None
 
+    def _is_ours(self, number: int) -> bool:
+        """Whether a signal is one to leave by, which nobody has taken over since.
+
+        Such as a launcher, which passes it on and waits for its processes to save.
+        """
+        if number not in SIGNALS:
+            return False
+        return signal.getsignal(number) in (self._handle, signal.default_int_handler)
+
     def _end(self, reader: socket.socket) -> None:
         # A signal that the main thread holds back must wait, and not come in here.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with reader:
             came = reader.recv(1)
-            while came and came[0] not in SIGNALS:
+            while came and not self._is_ours(came[0]):
                 came = reader.recv(1)
         if not came:
             return  # The run has begun.

@@ -245,3 +245,24 @@ def test_signals_while_python_starts_and_imports_are_not_lost(tmp_path: Path) ->
     assert read_status(early).state is State.preempted
     # Nothing is in the way of the same command.
     assert main(["train", *settings(early), "resume=auto"]) == 0
+
+
+_PASSES_ON = """
+import os, sys, time
+from dtune.runtime import signals
+from dtune_launch.local import forwarding_signals
+signals.GRACE_SECONDS = 0.2
+with signals.StopRequest().in_charge():
+    with forwarding_signals([]) as received:
+        os.kill(os.getpid(), int(sys.argv[1]))
+        # Its processes take their time to save.
+        time.sleep(1.0)
+        print("alive", [int(number) for number in received], flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_who_passes_a_signal_on_waits_for_those_who_save(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", _PASSES_ON, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"alive [{int(number)}]\n", done.stderr

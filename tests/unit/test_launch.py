@@ -48,6 +48,9 @@ print("out of rank", rank, flush=True)
 if how == "fail" and rank == "1":
     sys.exit(7)
 if how == "wrong" and rank == "1":
+    # The agent ends the others at once, also those that have not got as far as to say so.
+    while not (folder / f"started-0-{attempt}").exists():
+        time.sleep(0.01)
     sys.exit(2)
 if how == "die-once" and rank == "1" and attempt == "0":
     os.kill(os.getpid(), signal.SIGKILL)
