@@ -16,7 +16,7 @@ from dtune_launch.slurm_queries import ALIVE, job_state
 from dtune.errors import ConfigError
 from dtune.runtime.lock import LOCK, STALE_SECONDS
 from dtune.runtime.processes import Holder, is_alive, job_is_over, this_machine
-from dtune.runtime.status import State, Status, status_of
+from dtune.runtime.status import State, Status, read_status
 
 # Enough for many rows, and little for a file of gigabytes.
 _TAIL_BYTES = 1 << 16
@@ -92,22 +92,39 @@ def _by_number(folder: Path) -> list[Path]:
 
 def read_standing(folder: Path) -> Standing:
     """How a run stands by its files, its processes on this machine, and Slurm."""
-    status, _ = status_of(folder)
+    status = _status(folder)
     job = read_record(folder)
-    working = status.state is State.running
+    working = status is None or status.state is State.running
     of_job = job_state(job.job_id) if job and working else ""
     holders = read_holders(folder)
+    state = status.state.value if status and not working else ""
     return Standing(
         folder=folder,
-        state=_of_running(folder, of_job, holders) if working else status.state.value,
-        status=status,
+        state=state or _of_running(folder, status, of_job, holders),
+        status=status or Status(State.running),
         job=job,
         job_state=of_job,
         holders=holders,
     )
 
 
-def _of_running(folder: Path, of_job: str, holders: tuple[Holder, ...]) -> str:
+def _status(folder: Path) -> Status | None:
+    """What status.json says; where it is damaged, running, with a message. None without one."""
+    try:
+        return read_status(folder)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{folder / 'status.json'} cannot be read: {error}"
+        return Status(State.running, rank=-1, message=message)
+
+
+def _of_running(
+    folder: Path,
+    status: Status | None,
+    of_job: str,
+    holders: tuple[Holder, ...],
+) -> str:
     """What a run is whose status.json says that it runs, or is not there yet."""
     if of_job.startswith(ALIVE):
         return "running" if of_job.startswith("RUNNING") else "waiting"
@@ -120,8 +137,7 @@ def _of_running(folder: Path, of_job: str, holders: tuple[Holder, ...]) -> str:
         except FileNotFoundError:  # It has just ended.
             return "killed"
         return "running" if beat < STALE_SECONDS else "silent"
-    has_started = bool(of_job) or (folder / "status.json").is_file()
-    return "killed" if has_started else "not started"
+    return "not started" if status is None and not of_job else "killed"
 
 
 def read_holders(folder: Path) -> tuple[Holder, ...]:

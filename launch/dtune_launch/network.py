@@ -9,8 +9,7 @@ import threading
 
 from dtune_launch.spec import LaunchError
 
-# With a second to compose the config, a wrong name is told within two.
-_RESOLVE_SECONDS = 0.8
+_RESOLVE_SECONDS = 1.5
 
 
 def split_head(head: str) -> tuple[str, int]:

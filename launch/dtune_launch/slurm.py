@@ -174,7 +174,6 @@ def _settings(
         '  say "$(hostname) does not see $run_dir/config.yaml: name a run_dir on a shared disk"',
         "  exit 2",
         "fi",
-        'frozen=$(<"$run_dir/config.yaml")',
     ]
     return lines
 
@@ -304,7 +303,7 @@ if [[ " ${settings[*]} " != *" resume="* ]]; then
   settings+=(resume=auto)  # A requeued job runs this script with the same arguments again.
 fi
 # A wrong setting ends the job here, with its message, before the nodes are set to work.
-frozen=$("$python" -m dtune config "${settings[@]}")
+"$python" -m dtune config "${settings[@]}" >/dev/null
 ranks=(dtune train "${settings[@]}")
 """
 

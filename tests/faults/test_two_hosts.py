@@ -12,7 +12,7 @@ import pytest
 
 from dtune.runtime.status import State, Status, read_status
 from tests.distributed.pool import Pool
-from tests.faults.hosts import Host, require_hosts, two_hosts
+from tests.faults.hosts import Host, two_hosts, why_not
 from tests.faults.injection import (
     exported,
     newest_step,
@@ -21,7 +21,12 @@ from tests.faults.injection import (
 )
 from tests.integration.train_runs import settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+WHY_NOT = why_not()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
+]
 
 STEPS, EVERY, PORT = 60, 2, 29871
 SILENT = 10
@@ -83,11 +88,6 @@ class CutOff:
     status: Status
     said: str
     resumed_codes: list[int]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _hosts() -> None:
-    require_hosts()
 
 
 @pytest.fixture(scope="module")

@@ -141,11 +141,6 @@ class SlurmConfig(LaunchConfig):
         """Ask whether Slurm would take the job; leaves its script in the run folder."""
         try_submission(self, job)
 
-    def start(
-        self,
-        job: JobSpec,
-        in_process: Callable[[list[str]], int],
-        is_stopped: Callable[[], bool],
-    ) -> None:
+    def start(self, job: JobSpec, in_process: Callable[[list[str]], int]) -> None:
         """Submit the job."""
         submit(self, job)

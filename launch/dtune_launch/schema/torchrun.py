@@ -71,14 +71,9 @@ class TorchrunConfig(LaunchConfig):
         """The job as a shell would take it."""
         return describe_torchrun(self._placed(job))
 
-    def start(
-        self,
-        job: JobSpec,
-        in_process: Callable[[list[str]], int],
-        is_stopped: Callable[[], bool],
-    ) -> int:
+    def start(self, job: JobSpec, in_process: Callable[[list[str]], int]) -> int:
         """Run this machine's part of the job to its end."""
-        return run_torchrun(self._placed(job), is_stopped)
+        return run_torchrun(self._placed(job))
 
     def _placed(self, job: JobSpec) -> JobSpec:
         if self.nnodes == 1:
