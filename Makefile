@@ -60,18 +60,19 @@ soak: $(VENV)/.installed-dev
 gpu:
 	@bash benchmarks/gpu_checks.sh $(ARGS)
 
-# The tests start daemons of their own; those of the packages are not started in a container.
+# The tests start daemons of their own; those of the packages are not started in a container. With
+# iproute2 tests make hosts of network namespaces.
 slurm:
-	@for tool in slurmctld slurmd munged; do
+	@for tool in slurmctld slurmd munged ip; do
 	  PATH=$$PATH:/usr/sbin command -v $$tool >/dev/null || missing=yes
 	done
 	[[ -n $${missing:-} ]] || exit 0
 	if [[ $$(id -u) != 0 ]]; then
-	  echo "make slurm: run it as root, or have slurm-wlm and munge installed" >&2
+	  echo "make slurm: run it as root, or have slurm-wlm, munge and iproute2 installed" >&2
 	  exit 1
 	fi
 	apt-get -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30 update -q
-	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge
+	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends slurm-wlm munge iproute2
 
 docs: $(VENV)/.installed-dev
 	@$(BIN)/python -m dtune.config.reference docs/config.md README.md

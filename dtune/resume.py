@@ -10,6 +10,7 @@ from dtune.checkpoint.adopt import Held, adopt_checkpoint
 from dtune.checkpoint.manifest import Identity, check_identity, check_parameters
 from dtune.checkpoint.reader import CHECKPOINTS, CheckpointInfo, find_checkpoint
 from dtune.checkpoint.space import check_space
+from dtune.checkpoint.visible import may_pass
 from dtune.config.run import RunConfig
 from dtune.errors import CheckpointError, ConfigError
 from dtune.run_folder import ALL_EXPORTS, remove_exports
@@ -35,6 +36,8 @@ def find_own_checkpoint(
     try:
         found = find_checkpoint(run_dir, run.resume, world)
     except CheckpointError as error:
+        if may_pass(str(error)):
+            raise
         raise ConfigError(f"resume={run.resume}: {error}") from error
     if found is None:
         return None

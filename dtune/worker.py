@@ -11,7 +11,6 @@ if __name__ == "__main__":
     OF_THIS_PROCESS.install(at_once=True, run_dir="".join(sys.argv[1:2]))
 
 import os
-import re
 import signal
 import traceback
 from collections.abc import Sequence
@@ -23,18 +22,18 @@ from types import TracebackType
 import torch
 
 from dtune.assemble import assemble
+from dtune.checkpoint.visible import await_file, may_pass
 from dtune.config.freeze import read_frozen
 from dtune.config.run import RunConfig
 from dtune.config.support import check_run
 from dtune.errors import CheckpointError, ConfigError, DivergedError, HungError
 from dtune.out_of_memory import advise, describe_shortage, is_out_of_memory
-from dtune.plan.auto import decide_here
 from dtune.run_folder import is_restart, resume_of_attempt
 from dtune.runtime.clocks import warn_of_clocks
 from dtune.runtime.lock import STALE_SECONDS, holding, is_held_here
 from dtune.runtime.logs import log, log_to_file, start_logging
 from dtune.runtime.seed import seed_everything
-from dtune.runtime.status import FAILURES, State, Status, read_status, write_status
+from dtune.runtime.status import FAILURES, State, Status, status_of, write_status
 from dtune.runtime.watch.client import Watch
 from dtune.runtime.watch.heartbeat import Place
 from dtune.runtime.watch.join import collective_timeout, join_watchers
@@ -45,8 +44,6 @@ from dtune.train.trainer import Trainer
 
 ECHO_SECONDS = 3.0
 """How long a rank that lost another one waits to hear what became of it."""
-PASSING = frozenset({"EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENODEV", "ENXIO", "ENOTCONN"})
-"""What file systems say that are away for a while, those of networks above all."""
 ADVICE_SECONDS = 5.0
 """How long a rank that is out of memory may count what would help."""
 
@@ -57,6 +54,9 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m dtune.worker RUN_DIR\n")
         return 2
+    if is_of_several_hosts():
+        # What the first host has just written may be seen here later.
+        await_file(Path(arguments[0]) / "config.yaml")
     try:
         run = read_frozen(arguments[0])
     except ConfigError as error:
@@ -70,6 +70,12 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     world = World.start(collective_timeout(run.watch))
     watch.heartbeat.at(Place.nowhere)
     return run_worker(run, world, watch, stop)
+
+
+def is_of_several_hosts() -> bool:
+    """Whether the ranks of the run are on more than one host."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
 
 
 def run_worker(
@@ -116,7 +122,7 @@ def _train(run: RunConfig, world: World, watch: Watch, stop: StopRequest) -> int
     stop.install(at_once=True, run_dir=run.run_dir)
     with outcome:
         warn_of_clocks(world)
-        outcome.run = run = decide_here(begin_attempt(run, world), world)
+        run = begin_attempt(run, world)
         check_run(run, world.size)
         seed_everything(run.seed, world.rank)
         trainer, exporter = assemble(run, world)
@@ -141,7 +147,7 @@ def is_over_for_good(run: RunConfig) -> bool:
     """
     if not is_restart():
         return False
-    status = read_status(run.run_dir)
+    status, _ = status_of(run.run_dir)
     hung = status.state is State.hung and run.watch.on_hang is OnHang.stop
     return hung or status.hopeless or status.state is State.preempted
 
@@ -161,21 +167,18 @@ def begin_attempt(run: RunConfig, world: World) -> RunConfig:
 
 def _says_preempted_before(run_dir: str) -> bool:
     """Whether the status is of an attempt before this process, which was preempted."""
-    if not (Path(run_dir) / "status.json").is_file():
-        return False
-    status = read_status(run_dir)
+    status, _ = status_of(run_dir)
     return status.state is State.preempted and status.time < OF_THIS_PROCESS.created
 
 
 def _says_running(run_dir: str) -> bool:
     told = (Path(run_dir) / "status.json").is_file()
-    return told and read_status(run_dir).state is State.running
+    return told and status_of(run_dir)[0].state is State.running
 
 
 def describe_end(run_dir: str) -> str:
     """What is known of how the attempt before this one ended."""
-    told = (Path(run_dir) / "status.json").is_file()
-    before = read_status(run_dir) if told else Status(State.running)
+    before, _ = status_of(run_dir)
     if before.state not in FAILURES:
         return "starting again: a rank has ended without a word, killed or crashed"
     who = f"rank {before.rank}" if before.rank >= 0 else "the run"
@@ -199,7 +202,7 @@ class Outcome:
     def __init__(self, run: RunConfig, rank: int, watch: Watch, stop: StopRequest) -> None:
         self.state = State.failed
         self.trainer: Trainer | None = None
-        self.run = run
+        self._run = run
         self._run_dir = run.run_dir
         self._rank = rank
         self._watch = watch
@@ -248,7 +251,7 @@ class Outcome:
             return True
         if not self._stop.ends_at_once or not isinstance(error, RuntimeError):
             return False
-        return self._stop.is_set or read_status(self._run_dir).state is State.preempted
+        return self._stop.is_set or status_of(self._run_dir)[0].state is State.preempted
 
     def _tell(self, error: BaseException, trail: str) -> None:
         """The first failure goes to status.json, the log and the other ranks."""
@@ -262,7 +265,7 @@ class Outcome:
         status = Status(self.state, step, rank, message=message, traceback=trail, hopeless=oom)
         write_status(self._run_dir, status)
         self._watch.failed(f"rank {rank} at step {step}: {message}", trace=trail, step=step)
-        if oom and (advice := advise(self.run, self.trainer, seconds=ADVICE_SECONDS)):
+        if oom and (advice := advise(self._run, self.trainer, seconds=ADVICE_SECONDS)):
             message = f"{message}. {advice}"
             write_status(self._run_dir, replace(status, message=message), instead=True)
         log.error("dtune: %s", message)
@@ -273,21 +276,12 @@ class Outcome:
 def state_of(error: BaseException) -> State:
     """How a run stands that an error has ended."""
     if isinstance(error, CheckpointError):
-        return State.failed if may_pass(error) else State.config_error
+        return State.failed if may_pass(str(error)) else State.config_error
     if isinstance(error, ConfigError):
         return State.config_error
     if isinstance(error, DivergedError):
         return State.diverged
     return State.hung if isinstance(error, HungError) else State.failed
-
-
-def may_pass(error: CheckpointError) -> bool:
-    """Whether the disk failed, as it may not do again; a full one is for the user to mend.
-
-    By the name of the error, which is all that comes from other ranks.
-    """
-    names = set(re.findall(r"\((E[A-Z0-9]+)\)", str(error)))
-    return bool(names) and names <= PASSING
 
 
 def lost_a_peer(error: BaseException) -> bool:

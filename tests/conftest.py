@@ -16,7 +16,44 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported: kernels are interpreted in these processes.
     os.environ["TRITON_INTERPRET"] = "1"
 
+FAULT_TESTS = (
+    "tests/faults/",
+    "tests/slurm/",
+    "tests/unit/test_checkpoint_",
+    "tests/unit/test_run_lock",
+    "tests/unit/test_trackers",
+    "tests/unit/test_tracker_servers",
+    "tests/unit/test_launch_secrets",
+    "tests/distributed/test_move",
+    "tests/distributed/test_watched_world",
+    "tests/integration/test_lock",
+    "tests/integration/test_malicious",
+    "tests/integration/test_restarts",
+    "tests/integration/test_resume",
+    "tests/integration/test_signals",
+)
+"""Where what is done to a run is tested."""
+
 _COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what the tests of faults took: eight minutes of two cores are what they may."""
+    phases = [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.nodeid.startswith(FAULT_TESTS)
+    ]
+    if not phases:
+        return
+    tests = len({report.nodeid for report in phases})
+    minutes = sum(report.duration for report in phases) / 60
+    processes = int(terminalreporter.config.getoption("numprocesses", None) or 1)
+    terminalreporter.write_line(
+        f"tests of faults: {tests} took {minutes:.1f} minutes of one process, "
+        f"{minutes / processes:.1f} of all {processes}"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,10 @@ def inspect_checkpoint(path: Path) -> Inspected:
         return Inspected(problems=(str(error),))
     files, size = len(manifest.files), sum(fact.size for fact in manifest.files.values())
     notes = tuple(f"{path / name} is no part of it" for name in find_unlisted(path, manifest))
-    problems = find_damage(path, manifest)
+    try:
+        problems = find_damage(path, manifest)
+    except CheckpointError as error:
+        problems = [str(error)]
     if problems:
         return Inspected(files, size, 0, tuple(problems), notes)
     try:

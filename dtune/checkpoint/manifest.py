@@ -25,7 +25,7 @@ from dtune.checkpoint.layout import (
     rng_file,
     step_name,
 )
-from dtune.checkpoint.visible import await_visible
+from dtune.checkpoint.visible import await_visible, may_pass, read_patiently
 from dtune.errors import CheckpointError, ConfigError
 from dtune.runtime.world import World
 
@@ -131,27 +131,49 @@ def find_damage(path: Path, manifest: Manifest, *, share: int = 0, of: int = 1) 
     """What is wrong with the files of one share: missing, of another size, of another hash."""
     damage = []
     for name in sorted(manifest.files)[share::of]:
-        fact, file = manifest.files[name], path / name
-        if is_link_within(path, name):
-            damage.append(f"{file} is a symbolic link, which no checkpoint has")
-        elif not file.is_file():
-            damage.append(f"{file} is missing")
-        elif (size := file.stat().st_size) != fact.size:
-            damage.append(f"{file} has {size} bytes instead of {fact.size}")
-        elif hash_file(file) != fact.digest:
-            damage.append(f"{file} is damaged: its hash does not fit")
+        file = path / name
+        with naming(file):
+            if said := _fault(file, manifest.files[name], is_link=is_link_within(path, name)):
+                damage.append(f"{file} {said}")
     return damage
 
 
+def _fault(file: Path, fact: FileFact, *, is_link: bool) -> str:
+    if is_link:
+        return "is a symbolic link, which no checkpoint has"
+    if not file.is_file():
+        return "is missing"
+    if (size := file.stat().st_size) != fact.size:
+        return f"has {size} bytes instead of {fact.size}"
+    return "" if hash_file(file) == fact.digest else "is damaged: its hash does not fit"
+
+
 def verify(path: Path, world: World) -> list[str]:
-    """What is wrong with a checkpoint, agreed by all ranks, each of which reads its share."""
-    seen = world.broadcast(_sizes(path) if world.is_first else {})
-    try:
-        await_visible({path / name: size for name, size in seen.items()})
-        damage = find_damage(path, read_manifest(path), share=world.rank, of=world.size)
-    except (CheckpointError, OSError) as error:
-        damage = [str(error)]
-    return list(dict.fromkeys(line for lines in world.gather(damage) for line in lines))
+    """What is wrong with a checkpoint, agreed by all ranks, each of which reads its share.
+
+    CheckpointError on all of them where the disk cannot be read, which says nothing of the
+    checkpoint. One that can never be read in a place (EIO) is damaged.
+    """
+    nothing: dict[str, int] = {}
+    seen, said = world.broadcast(
+        read_patiently(lambda: _sizes(path), nothing) if world.is_first else (nothing, "")
+    )
+    damage: list[str] = []
+    if not said:
+        damage, said = read_patiently(lambda: _find_in_share(path, seen, world), damage)
+    told = world.gather(([*damage, said] if said else damage, said))
+    away = [said for _, said in told if may_pass(said) and "(EIO)" not in said]
+    if away:
+        raise CheckpointError(
+            f"{path} cannot be read now, and may be whole: {away[0]}. Start the run again once "
+            "the disk is there"
+        )
+    return list(dict.fromkeys(line for lines, _ in told for line in lines))
+
+
+def _find_in_share(path: Path, seen: Mapping[str, int], world: World) -> list[str]:
+    await_visible({path / name: size for name, size in seen.items()})
+    return find_damage(path, read_manifest(path), share=world.rank, of=world.size)
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -39,6 +39,7 @@ from dtune.checkpoint.manifest import (
     verify,
 )
 from dtune.checkpoint.rng import restore_rng
+from dtune.checkpoint.visible import read_patiently
 from dtune.errors import CheckpointError, ConfigError
 from dtune.runtime.tensors import DTYPE_NAMES, FileSource
 from dtune.runtime.world import World
@@ -236,7 +237,13 @@ def open_whole(path: Path, world: World) -> tuple[CheckpointInfo | None, list[st
 def _newest(folder: Path, world: World) -> CheckpointInfo | None:
     """The newest whole checkpoint of a folder; None where there is none at all."""
     refused = []
-    for step in reversed(world.broadcast(list_steps(folder))):
+    none: list[int] = []
+    steps, said = world.broadcast(
+        read_patiently(lambda: list_steps(folder), none) if world.is_first else (none, "")
+    )
+    if said:
+        raise CheckpointError(said)
+    for step in reversed(steps):
         path = folder / step_name(step)
         if said := newer_format(path, world):
             # Not passed over: what is in it would be lost.

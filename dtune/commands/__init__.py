@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 COMMANDS = (
     *("train", "eval", "chat", "generate", "merge", "convert", "export"),
-    *("config", "plan", "bench", "doctor", "kernels", "sweep"),
+    *("config", "plan", "doctor", "kernels", "sweep"),
     *("status", "logs", "cancel", "verify"),
 )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from dtune.commands.running import Parser
 from dtune.errors import ConfigError
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -17,11 +16,6 @@ on this device, whichever bounds the op. Exit code: 0 every op is right, 1 one i
 GPU that runs Triton."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def run(argv: list[str]) -> int:
     """Check as the arguments say; 1 if an op is wrong."""
     options = _parser().parse_args(argv)
@@ -30,8 +24,8 @@ def run(argv: list[str]) -> int:
     return _check(options.op, options.dtype or DTYPES, options.shape)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dtune kernels", description=__doc__, epilog=EPILOG)
+def _parser() -> Parser:
+    parser = Parser(prog="dtune kernels", description=__doc__, epilog=EPILOG)
     actions = parser.add_subparsers(dest="action", metavar="check")
     check = actions.add_parser(
         "check", description="Compare and time every op on this machine's GPU.", epilog=EPILOG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 from pathlib import Path
@@ -37,12 +38,14 @@ def _show(folder: Path, rank: int | None, *, of_job: bool, follow: bool) -> int:
         raise ConfigError(_absent(folder, rank, of_job))
     if path is None:
         sys.stderr.write("waiting for the run to start\n")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     shown, asked, said = 0, time.monotonic(), _said(folder)
     while True:
+        is_last = not (follow and alive)
         path = path or _find(folder, rank, of_job)
         if path is not None:
-            shown = _print_from(path, shown)
-        if not (follow and alive):
+            shown = _print_from(path, shown, decoder, is_last=is_last)
+        if is_last:
             return 0
         time.sleep(_POLL_SECONDS)
         if time.monotonic() - asked > _ASK_SECONDS or _said(folder) != said:
@@ -57,12 +60,17 @@ def _said(folder: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-def _print_from(path: Path, start: int) -> int:
-    """Print what a file holds from a byte on; where it ends."""
+def _print_from(
+    path: Path, start: int, decoder: codecs.IncrementalDecoder, *, is_last: bool
+) -> int:
+    """Print what a file holds from a byte on; where it ends.
+
+    A character of which only a part is written yet waits in the decoder, unless this is the last.
+    """
     with path.open("rb") as file:
         file.seek(start)
         data = file.read()
-    sys.stdout.write(data.decode("utf-8", errors="replace"))
+    sys.stdout.write(decoder.decode(data, final=is_last))
     sys.stdout.flush()
     return start + len(data)
 

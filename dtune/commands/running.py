@@ -16,7 +16,7 @@ from dtune_launch.slurm_queries import ALIVE, job_state
 from dtune.errors import ConfigError
 from dtune.runtime.lock import LOCK, STALE_SECONDS
 from dtune.runtime.processes import Holder, is_alive, job_is_over, this_machine
-from dtune.runtime.status import State, Status, read_status
+from dtune.runtime.status import State, Status, status_of
 
 # Enough for many rows, and little for a file of gigabytes.
 _TAIL_BYTES = 1 << 16
@@ -92,39 +92,22 @@ def _by_number(folder: Path) -> list[Path]:
 
 def read_standing(folder: Path) -> Standing:
     """How a run stands by its files, its processes on this machine, and Slurm."""
-    status = _status(folder)
+    status, _ = status_of(folder)
     job = read_record(folder)
-    working = status is None or status.state is State.running
+    working = status.state is State.running
     of_job = job_state(job.job_id) if job and working else ""
     holders = read_holders(folder)
-    state = status.state.value if status and not working else ""
     return Standing(
         folder=folder,
-        state=state or _of_running(folder, status, of_job, holders),
-        status=status or Status(State.running),
+        state=_of_running(folder, of_job, holders) if working else status.state.value,
+        status=status,
         job=job,
         job_state=of_job,
         holders=holders,
     )
 
 
-def _status(folder: Path) -> Status | None:
-    """What status.json says; where it is damaged, running, with a message. None without one."""
-    try:
-        return read_status(folder)
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError) as error:
-        message = f"{folder / 'status.json'} cannot be read: {error}"
-        return Status(State.running, rank=-1, message=message)
-
-
-def _of_running(
-    folder: Path,
-    status: Status | None,
-    of_job: str,
-    holders: tuple[Holder, ...],
-) -> str:
+def _of_running(folder: Path, of_job: str, holders: tuple[Holder, ...]) -> str:
     """What a run is whose status.json says that it runs, or is not there yet."""
     if of_job.startswith(ALIVE):
         return "running" if of_job.startswith("RUNNING") else "waiting"
@@ -137,7 +120,8 @@ def _of_running(
         except FileNotFoundError:  # It has just ended.
             return "killed"
         return "running" if beat < STALE_SECONDS else "silent"
-    return "not started" if status is None and not of_job else "killed"
+    has_started = bool(of_job) or (folder / "status.json").is_file()
+    return "killed" if has_started else "not started"
 
 
 def read_holders(folder: Path) -> tuple[Holder, ...]:

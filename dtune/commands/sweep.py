@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from dtune.commands.running import Parser
 from dtune.errors import ConfigError
 
 ACTIONS = ("status", "resume", "best", "plot")
@@ -16,11 +16,6 @@ EPILOG = """Begin one with dtune train -m; DIR is the folder that it names (hydr
 resume takes settings of the launcher: hydra.launcher.parallel=2, hydra/launcher=dtune_slurm, and
 launch=... where that changes; --pruned runs those again that were ended as hopeless.
 best and plot take out=FILE. More: docs/sweeps.md."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; see dtune sweep --help")
 
 
 def run(argv: list[str]) -> int:
@@ -42,8 +37,8 @@ def run(argv: list[str]) -> int:
     return best(folder, out)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="dtune sweep",
         description=__doc__,
         epilog=EPILOG,

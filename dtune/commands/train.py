@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dtune.config.support import check_run
 from dtune.errors import ConfigError
 from dtune.run_folder import check_run_folder, occupied_run_folder, withdraw_start
 from dtune.runtime.signals import SIGNALS, StopRequest
-from dtune.runtime.status import EXIT_CODES, State, Status, read_status, write_status
+from dtune.runtime.status import EXIT_CODES, State, Status, status_of, write_status
 from dtune.sweep.ended import exit_code as exit_code_of_sweep
 
 STOPPED = frozenset(128 + number for number in SIGNALS)
@@ -49,6 +49,7 @@ def _run(argv: list[str], stop: StopRequest) -> int:
         run_dir=Path(config.run_dir),
         nproc=nproc,
         max_restarts=config.launch.max_restarts,
+        save_seconds=config.watch.save,
     )
     if config.launch.dry_run:
         sys.stdout.write(describe_launch(job, argv, config.launch) + "\n")
@@ -97,6 +98,21 @@ def check_gpus(processes: int) -> None:
         )
 
 
+def check_agent(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError where the user's own torchrun would start ranks again, and they would hang.
+
+    They would read addresses of the ranks before them in the store that they share with it.
+    """
+    is_shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if is_shared and restarts:
+        raise ConfigError(
+            f"torchrun --max-restarts={restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment: without it ranks that are started again hang or fail; set it, or let "
+            f"dtune start torchrun: launch.max_restarts={restarts}"
+        )
+
+
 def launch(job: JobSpec, launcher: LaunchConfig, stop: StopRequest) -> int:
     """Start a job, wait for its end unless it is only submitted; the exit code of ``dtune``."""
     ended: list[int] = []
@@ -107,22 +123,36 @@ def launch(job: JobSpec, launcher: LaunchConfig, stop: StopRequest) -> int:
         ended.append(main(arguments, stop))
         return ended[0]
 
-    # From here on the ranks are told.
+    # From here on it is for the ranks to stop, which are told.
     stop.install()
     try:
-        code = launcher.start(job, in_process)
+        code = launcher.start(job, in_process, lambda: stop.is_set)
     except LaunchError as error:
         withdraw_start(job.run_dir)
         raise ConfigError(str(error)) from error
+    if code is None and stop.is_set:
+        folder = shlex.quote(str(job.run_dir))
+        sys.stderr.write(
+            f"dtune: {stop.signal_name} came while the job was submitted, and the job is in the "
+            f"queue: dtune cancel {folder} ends it\n"
+        )
     if code is None or ended:
         return code or 0
-    status = read_status(job.run_dir) if (job.run_dir / "status.json").is_file() else None
-    if status is None:
+    return _answer(job.run_dir, code, is_stopped=stop.is_set or code in STOPPED)
+
+
+def _answer(run_dir: Path, code: int, *, is_stopped: bool) -> int:
+    """Exit code of a run that has ended, which says on the terminal what its ranks could not."""
+    if not (run_dir / "status.json").is_file():
         return code or 1
-    if status.state is State.running and (stop.is_set or code in STOPPED):
+    status, damage = status_of(run_dir)
+    if damage:
+        sys.stderr.write(f"dtune: {damage}\n")
+        return code or 1
+    if status.state is State.running and is_stopped:
         # The ranks ended before they could say it: there was nothing to save.
         status = Status(State.preempted, step=status.step)
-        write_status(job.run_dir, status)
+        write_status(run_dir, status)
     if status.state in (State.config_error, State.diverged):
         sys.stderr.write(f"dtune: {status.message}\n")
     elif status.state is State.failed and status.rank:
@@ -137,6 +167,7 @@ def _run_as_rank(argv: list[str], stop: StopRequest) -> int:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     text = ""
     if rank == 0:
+        check_agent(os.environ)
         composed = compose("train", argv)
         if composed is None:
             raise ConfigError("under torchrun dtune trains one run; start sweeps as dtune train -m")

@@ -101,28 +101,39 @@ def _check_metrics(folder: Path) -> Finding:
 
 
 def _check_names(checkpoints: Path) -> Finding:
-    """LATEST and BEST, and what is there beside the published steps."""
+    """LATEST and BEST, and what is there beside the published steps.
+
+    LATEST is for people, and a resume goes by the steps themselves: one that is behind, as a kill
+    after a step is published leaves it, is no damage. BEST is read, by ``dtune convert``.
+    """
     from dtune.checkpoint.layout import BEST, LATEST, list_steps, parse_step, step_name
 
-    steps, problems, shown = list_steps(checkpoints), [], []
-    for name in (LATEST, BEST):
-        file = checkpoints / name
-        if not file.is_file():
-            if name == LATEST and steps:
-                problems.append(f"{file} is missing; it would name {step_name(steps[-1])}")
-            continue
-        named = file.read_text(encoding="utf-8", errors="replace").strip()
-        shown.append(f"{name} {named}")
-        if parse_step(named) not in steps:
-            problems.append(f"{file} names {named[:40]!r}, which is not there")
-        elif name == LATEST and named != step_name(steps[-1]):
-            problems.append(f"{file} names {named}, and the newest is {step_name(steps[-1])}")
-    notes = [
+    steps = list_steps(checkpoints)
+    names = [step_name(step) for step in steps]
+    named = {name: _read_name(checkpoints / name) for name in (LATEST, BEST)}
+    latest, best = named[LATEST], named[BEST]
+    newest = names[-1] if names else ""
+    problems, notes = [], []
+    if (checkpoints / BEST).is_file() and best not in names:
+        problems.append(f"{checkpoints / BEST} names {best[:40]!r}, which is not there")
+    if latest != newest:
+        says = f"names {latest[:40]!r}" if latest else "names no step"
+        notes.append(
+            f"{checkpoints / LATEST} {says}, and the newest is {newest or 'none'}; "
+            "a resume does not go by it, and the next save puts it right"
+        )
+    notes += [
         f"{path}: {_aside(path.name)}"
         for path in sorted(checkpoints.iterdir())
-        if parse_step(path.name) is None and path.name not in (LATEST, BEST)
+        if parse_step(path.name) is None and path.name not in named
     ]
-    return Finding("names", ", ".join(shown) or "no checkpoint", tuple(problems), tuple(notes))
+    shown = ", ".join(f"{name} {step}" for name, step in named.items() if step)
+    return Finding("names", shown or "no checkpoint", tuple(problems), tuple(notes))
+
+
+def _read_name(file: Path) -> str:
+    """The step that LATEST or BEST names; empty where it is not there."""
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
 
 
 def _aside(name: str) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_OVER = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY TIMEOUT".split()
+from dtune_launch.slurm_queries import OVER
+
 # What torchrun calls every rendezvous that was given no name, and dtune those of one machine.
 _NAMELESS = ("", "none", "ranks")
 
@@ -84,7 +85,7 @@ def job_is_over(job: str) -> bool:
         return False
     if done.returncode:
         return "Invalid job id" in done.stderr
-    return all(state in _OVER for state in done.stdout.split())
+    return all(state in OVER for state in done.stdout.split())
 
 
 def this_machine() -> str:

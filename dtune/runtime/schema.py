@@ -9,9 +9,8 @@ from dtune.errors import ConfigError
 
 
 class Recompute(Enum):
-    """Which activations of a block the backward pass computes again; auto: the least that fits."""
+    """Which activations of a block the backward pass computes again."""
 
-    auto = "auto"
     none = "none"
     selective = "selective"
     full = "full"

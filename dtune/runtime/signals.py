@@ -13,14 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from dtune.runtime.status import (
-    EXIT_CODES,
-    FAILURES,
-    State,
-    Status,
-    read_status,
-    write_status,
-)
+from dtune.runtime.status import EXIT_CODES, FAILURES, State, Status, status_of, write_status
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -122,7 +115,7 @@ class StopRequest:
         folder = self._run_dir
         if folder is None or not (folder / "status.json").is_file():
             return
-        before = read_status(folder)
+        before, _ = status_of(folder)
         # torchrun may just be starting the ranks again.
         of_before = before.state in FAILURES and before.time < self.created
         if before.state is State.running or of_before:
@@ -147,10 +140,21 @@ class StopRequest:
             self._wakeup.close()
             self._wakeup = None
 
+    def _is_ours(self, number: int) -> bool:
+        """Whether a signal is one to leave by, which nobody has taken over since.
+
+        Such as a launcher, which passes it on and waits for its processes to save.
+        """
+        if number not in SIGNALS:
+            return False
+        return signal.getsignal(number) in (self._handle, signal.default_int_handler)
+
     def _end(self, reader: socket.socket) -> None:
+        # A signal that the main thread holds back must wait, and not come in here.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         with reader:
             came = reader.recv(1)
-            while came and came[0] not in SIGNALS:
+            while came and not self._is_ours(came[0]):
                 came = reader.recv(1)
         if not came:
             return  # The run has begun.

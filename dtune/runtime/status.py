@@ -72,7 +72,8 @@ def write_status(
     """
     path = Path(run_dir) / "status.json"
     if status.state is not State.running and path.is_file():
-        before = read_status(run_dir)
+        # A damaged one, as a full disk leaves it, tells of nothing.
+        before, _ = status_of(run_dir)
         # What fails after a rank was preempted has only lost it.
         lost = before.state is State.preempted and status.state in FAILURES
         final = (before.state in FAILURES and before.time >= since) or lost
@@ -96,3 +97,14 @@ def read_status(run_dir: str | Path) -> Status:
     """The status of a run folder; FileNotFoundError if the run never started."""
     record = json.loads((Path(run_dir) / "status.json").read_text(encoding="utf-8"))
     return Status(**{**record, "state": State(record["state"])})
+
+
+def status_of(run_dir: str | Path) -> tuple[Status, str]:
+    """What status.json says, running where it is absent or damaged; and what is wrong with it."""
+    try:
+        return read_status(run_dir), ""
+    except FileNotFoundError:
+        return Status(State.running), ""
+    except (ValueError, TypeError, KeyError) as error:
+        damage = f"{Path(run_dir) / 'status.json'} cannot be read: {error}"
+        return Status(State.running, rank=-1, message=damage), damage

@@ -17,13 +17,13 @@ from dtune_launch.local import exit_code, forwarding_signals, kill_tree, start_j
 from dtune_launch.spec import JobSpec
 
 from dtune.errors import ConfigError
-from dtune.runtime.status import State, Status, write_status
+from dtune.runtime.signals import SIGNALS
+from dtune.runtime.status import State, Status, status_of, write_status
 from dtune.sweep.folder import Attempt, Pruned, add_attempt, mark_pruned, read_trial
-from dtune.sweep.standing import SweepView, line_of, status_of
+from dtune.sweep.standing import SweepView, line_of
 
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 0.5
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Watch(Protocol):
@@ -42,6 +42,8 @@ class Task:
     folder: Path
     nproc: int
     max_restarts: int
+    save_seconds: float = JobSpec.save_seconds
+    """As of its processes."""
 
     def job(self, env: Mapping[str, str]) -> JobSpec:
         """Its processes."""
@@ -51,6 +53,7 @@ class Task:
             run_dir=self.folder,
             nproc=self.nproc,
             max_restarts=self.max_restarts,
+            save_seconds=self.save_seconds,
             env=env,
         )
 
@@ -115,12 +118,12 @@ def _start_held(
     processes: list[subprocess.Popen[bytes]],
 ) -> None:
     """Start a trial; a signal that comes now is passed on as soon as there is somebody to hear."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         running[slot] = _start(task, slot, parallel)
         processes.append(running[slot].process)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _start(task: Task, slot: int, parallel: int) -> _Running:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtune_launch.schema.slurm import SlurmConfig
 from dtune_launch.slurm import render_script, submit_script
-from dtune_launch.slurm_queries import run_client
+from dtune_launch.slurm_queries import WAITING, WORKING, run_client
 from dtune_launch.spec import LaunchError
 
 from dtune.errors import ConfigError
@@ -17,10 +17,6 @@ from dtune.sweep.folder import Attempt, add_attempt
 from dtune.sweep.standing import QUEUED, RUNNING, UNKNOWN
 
 _ASK_SECONDS = 20.0
-_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
-_WORKS = frozenset(
-    {"RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "SIGNALING", "STAGE_OUT"}
-) | {"STOPPED", "SUSPENDED"}
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,8 @@ def parse_queue(text: str) -> Mapping[str, str]:
     found = {}
     for line in text.splitlines():
         job, _, state = line.strip().partition("|")
-        if state in _WAITS:
+        if state in WAITING:
             found[job] = QUEUED
-        elif state in _WORKS:
+        elif state in WORKING:
             found[job] = RUNNING
     return found

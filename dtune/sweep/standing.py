@@ -9,7 +9,7 @@ from typing import Any
 
 from dtune.errors import ConfigError
 from dtune.runtime.lock import check_free
-from dtune.runtime.status import State, Status, read_status
+from dtune.runtime.status import State, status_of
 from dtune.sweep.folder import (
     SweepRecord,
     TrialRecord,
@@ -23,7 +23,6 @@ NOT_STARTED, QUEUED, PRUNED, UNKNOWN = "not started", "queued", "pruned", "unkno
 RUNNING, DONE = State.running.value, State.done.value
 STOPPED = frozenset({NOT_STARTED, QUEUED, State.preempted.value})
 """States of a trial that nothing is wrong with and that is not at its end."""
-_NOTHING = Status(State.running)
 
 
 @dataclass(frozen=True)
@@ -118,16 +117,6 @@ def _state_of(
     what = f"job {job} is over" if job else "its processes are gone"
     why = damage or "nothing says why"
     return State.failed.value, f"{what}, and {why}; logs: {folder / 'logs'}"
-
-
-def status_of(folder: Path) -> tuple[Status, str]:
-    """What status.json says, running where it is absent or damaged; and what is wrong with it."""
-    try:
-        return read_status(folder), ""
-    except FileNotFoundError:
-        return _NOTHING, ""
-    except (ValueError, TypeError, KeyError) as error:
-        return _NOTHING, f"{folder / 'status.json'} cannot be read: {error}"
 
 
 def _is_held(folder: Path) -> bool:

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from dtune.runtime.signals import SIGNALS
 from dtune.sweep.folder import mark_pruned
 from dtune.sweep.local import Watch, say
 from dtune.sweep.standing import RUNNING, Standing, SweepView, line_of
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def wait_for(
@@ -65,7 +64,7 @@ def _noting_signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield received
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dtune.runtime.logs import log
-from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.runtime.status import State, Status, status_of, write_status
 
 if TYPE_CHECKING:
     from dtune.train.trainer import Trainer
@@ -35,7 +35,7 @@ def settle_save(trainer: Trainer) -> None:
 def _tell(trainer: Trainer, message: str) -> None:
     try:
         # Not over what a watchdog may have to say by now.
-        if read_status(trainer.run_dir).state is State.running:
+        if status_of(trainer.run_dir)[0].state is State.running:
             step = trainer.progress.step
             write_status(trainer.run_dir, Status(State.running, step, message=message))
     except OSError as error:

@@ -28,7 +28,8 @@ fi
 if [[ -n $other && $other != "$self" ]]; then
   now=$(squeue --noheader --states=all --format=%T --jobs="$other" 2>/dev/null || true)
   case $now in
-    PENDING* | RUNNING* | CONFIGURING* | COMPLETING* | REQUEUE* | SUSPENDED* | STOPPED*)
+    PENDING* | REQUEUED* | REQUEUE_HOLD* | REQUEUE_FED* | SPECIAL_EXIT* | RUNNING* | \
+      COMPLETING* | CONFIGURING* | RESIZING* | SIGNALING* | STAGE_OUT* | STOPPED* | SUSPENDED*)
       say "run_dir=$run_dir has a job already: $other is $now; end it by dtune cancel $run_dir," \
         "or name another run_dir"
       exit 2
@@ -50,9 +51,13 @@ printf '{"state": "running", "message": "%s", "time": %s}\n' "$starting" "$(date
   replace status.json
 
 step='' cancelled='' resender=''
-# Ranks that are starting do not hear it yet; to those that run, a second one says to hurry.
+# Ranks that are starting do not hear it yet. To those that run, a second one says to hurry: it is
+# passed on, and they know by the time between whether it is the same one sent twice.
 save_and_stop() {
-  [[ -z $resender ]] || return 0
+  if [[ -n $resender ]]; then
+    kill -0 "$resender" 2>/dev/null || scancel --signal=USR1 "$self" || true
+    return 0
+  fi
   {
     while grep -qs "$starting" "$run_dir/status.json"; do
       scancel --signal=USR1 "$self" || true
@@ -96,8 +101,13 @@ export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
 # torch 2.13: a restart would read the addresses of the attempt before it from a shared store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Seconds to save after scancel; Slurm's KillWait may be shorter.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+# Seconds to save after scancel: as in shutdown_seconds of dtune_launch/torchrun.py. Slurm's KillWait
+# may be shorter.
+silent=$(sed -n '/^watch:/,/^[^ ]/s/^  save: \([0-9]*\).*/\1/p' <<<"$frozen")
+silent=${silent:-1800}
+if [[ -z ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-} ]]; then
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$((silent > 0 ? silent + 300 : 86400))
+fi
 # Since 22.05 srun does not take it over from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
@@ -150,9 +160,14 @@ esac
 if [[ -n $cancelled ]]; then
   exit 75
 fi
-# Without a step since the last time, going on would go on for ever.
+# Without a step since the last time, going on would go on for ever. What an earlier job wrote does
+# not count: this one may have gone back.
 mark=$logs/requeued-at-step
-if [[ -f $mark && $(<"$mark") == "$at_step" ]]; then
+marked_by='' marked=0
+if [[ -f $mark ]]; then
+  read -r marked_by marked <"$mark" || true
+fi
+if [[ $marked_by == "$self" ]] && ((at_step <= marked)); then
   say "no step since the last requeue; not requeued"
   exit 75
 fi
@@ -160,7 +175,7 @@ if ((restart >= max_requeues)); then
   say "requeued $max_requeues times, which is the limit; not requeued"
   exit 75
 fi
-echo "$at_step" >"$mark"
+echo "$self $at_step" >"$mark"
 trap - TERM  # Which the requeue ends this script with.
 if ! scontrol requeue "$self"; then
   say "all is saved, but Slurm did not requeue the job; submit it again to go on"

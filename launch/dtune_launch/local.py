@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -45,22 +45,32 @@ def _describe(spec: JobSpec, command: Sequence[str]) -> str:
     return f"{variables} {shlex.join(command)}"
 
 
-def run_job(spec: JobSpec) -> int:
-    """Run the job on this terminal to its end; its exit code as `exit_code` says it."""
-    return _run(spec, job_command(spec))
+def never() -> bool:
+    """Of a job that nobody has asked to stop before it is started."""
+    return False
 
 
-def run_torchrun(spec: JobSpec) -> int:
+def run_job(spec: JobSpec, is_stopped: Callable[[], bool] = never) -> int:
+    """Run the job on this terminal to its end; its exit code as `exit_code` says it.
+
+    ``is_stopped`` says whether a signal came before: then nothing is started.
+    """
+    return _run(spec, job_command(spec), is_stopped)
+
+
+def run_torchrun(spec: JobSpec, is_stopped: Callable[[], bool] = never) -> int:
     """The same, through torchrun for one process as well."""
-    return _run(spec, torchrun_command(spec))
+    return _run(spec, torchrun_command(spec), is_stopped)
 
 
-def _run(spec: JobSpec, command: Sequence[str]) -> int:
+def _run(spec: JobSpec, command: Sequence[str], is_stopped: Callable[[], bool]) -> int:
     running: list[subprocess.Popen[bytes]] = []
+    # One that comes from here on is passed on as soon as there is somebody to pass it on to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     with forwarding_signals(running):
-        # One that comes now is passed on as soon as there is somebody to pass it on to.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         try:
+            if is_stopped():
+                return exit_code(-signal.SIGTERM)
             running.append(_start(spec, command, None))
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)

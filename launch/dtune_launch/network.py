@@ -9,7 +9,8 @@ import threading
 
 from dtune_launch.spec import LaunchError
 
-_RESOLVE_SECONDS = 1.5
+# With a second to compose the config, a wrong name is told within two.
+_RESOLVE_SECONDS = 0.8
 
 
 def split_head(head: str) -> tuple[str, int]:

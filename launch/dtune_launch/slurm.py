@@ -174,6 +174,7 @@ def _settings(
         '  say "$(hostname) does not see $run_dir/config.yaml: name a run_dir on a shared disk"',
         "  exit 2",
         "fi",
+        'frozen=$(<"$run_dir/config.yaml")',
     ]
     return lines
 
@@ -303,7 +304,7 @@ if [[ " ${settings[*]} " != *" resume="* ]]; then
   settings+=(resume=auto)  # A requeued job runs this script with the same arguments again.
 fi
 # A wrong setting ends the job here, with its message, before the nodes are set to work.
-"$python" -m dtune config "${settings[@]}" >/dev/null
+frozen=$("$python" -m dtune config "${settings[@]}")
 ranks=(dtune train "${settings[@]}")
 """
 

@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from dtune_launch.schema.slurm import SlurmConfig
 
 # A question must not hold the user up: without an answer sbatch is asked itself.
-_ASK_SECONDS = 1.5
-ALIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SUSPENDED", "STOPPED")
-"""States of a job that has not ended."""
+_ASK_SECONDS = 0.8
+WAITING = tuple("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT".split())
+WORKING = tuple(
+    "RUNNING COMPLETING CONFIGURING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED".split()
+)
+ALIVE = WAITING + WORKING
+"""States of a job that has not ended; ``job.sh`` has the same."""
+OVER = tuple(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY TIMEOUT".split()
+)
+"""States of a job that has surely ended; one that is PREEMPTED may be requeued."""
 
 
 def run_client(command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:

@@ -63,10 +63,16 @@ class LaunchConfig:
     def try_submission(self, job: JobSpec) -> None:
         """Ask whether the job would be taken, before its run folder is made; LaunchError if not."""
 
-    def start(self, job: JobSpec, in_process: Callable[[list[str]], int]) -> int | None:
+    def start(
+        self,
+        job: JobSpec,
+        in_process: Callable[[list[str]], int],
+        is_stopped: Callable[[], bool],
+    ) -> int | None:
         """Start the job; the exit code of its end, or None where it is not waited for.
 
-        ``in_process`` runs the job's arguments as its only rank, in this process. The exit code
+        ``in_process`` runs the job's arguments as its only rank, in this process. ``is_stopped``
+        says whether a signal came before: then no process is started here. The exit code
         says only that something went wrong; ``RUN/status.json`` says what. LaunchError where
         the job is not taken.
         """
@@ -82,6 +88,8 @@ class JobSpec:
     run_dir: Path
     nproc: int = 1
     max_restarts: int = 0
+    save_seconds: float = 1800.0
+    """Longest that a save may give no sign of life, ``watch.save``; 0: for ever."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables beyond those of this process."""
     nodes: int = 1

@@ -15,10 +15,12 @@ TORCHRUN_ENVIRONMENT = {
     # torch 2.13: a restart would read the addresses of the attempt before it from the agent's
     # shared store, and half of all restarts hang or fail.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    # Seconds that a stopped job has to save; torchrun kills after 30 by itself.
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
 }
 """What every torchrun is given, unless the user has set it."""
+
+_BEYOND_SAVE_SECONDS = 300
+"""For the step before the save, and for the watchers, who end a save that hangs."""
+_DAY_SECONDS = 86400
 
 
 def worker_command(spec: JobSpec) -> list[str]:
@@ -74,9 +76,20 @@ def _outputs(nproc: int) -> list[str]:
     return ["--redirects=3", "--tee=0:3"]
 
 
+def shutdown_seconds(save_seconds: float) -> int:
+    """Seconds that a stopped job has to end; torchrun kills after 30 by itself.
+
+    More than a save may take, by ``watch.save``; ``job.sh`` has the same.
+    """
+    if save_seconds < 1:
+        return _DAY_SECONDS
+    return int(save_seconds) + _BEYOND_SAVE_SECONDS
+
+
 def job_environment(spec: JobSpec, base: Mapping[str, str], cores: int) -> dict[str, str]:
     """Variables to add to ``base`` for the job; what the user has set stays."""
-    added = dict(TORCHRUN_ENVIRONMENT)
+    shutdown = str(shutdown_seconds(spec.save_seconds))
+    added = {**TORCHRUN_ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": shutdown}
     if spec.nproc > 1:
         # Else every process takes all cores.
         added["OMP_NUM_THREADS"] = str(max(1, cores // spec.nproc))

@@ -33,8 +33,8 @@ from tests.distributed.move_page import PAGE, RESULT, name_of, render
 from tests.distributed.moving import ROWS, Lengths, Seen, compare, whole_tensors
 from tests.distributed.pool import Pool
 
-# Fewer steps than the whole table has, of which `make move` writes the results.
-LENGTHS = Lengths(saved=3, total=7)
+# Ten losses after a save earlier than in the whole table, of which `make move` writes the results.
+LENGTHS = Lengths(saved=3, total=13)
 MOVES = cover()
 
 

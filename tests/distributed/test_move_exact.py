@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from dtune.train.sinks.base import Row
+from tests.distributed.move_check import LOSS_LIMIT
 from tests.distributed.moving import small_model
 from tests.distributed.pool import Pool
+from tests.faults.injection import state_digest
 from tests.integration.runs import exported
 from tests.integration.train_runs import metrics
 
@@ -83,6 +85,25 @@ def test_stopped_again_and_again_equals_never_stopped(
     assert rows(parted) == rows(whole)
     assert exported(whole)
     assert exported(parted) == exported(whole)
+    # Weights, optimizer, schedule, generators and the position in the data.
+    assert state_digest(parted) == state_digest(whole)
+
+
+def test_a_run_may_go_to_another_engine_and_back(
+    two_ranks: Pool, model: Path, tmp_path: Path
+) -> None:
+    case, other = Case("zero3", "full", "data.packing=false"), "parallel=fsdp"
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert set(two_ranks.run(TRAIN, overrides=overrides(model, whole, case))) == {"done"}
+    again = overrides(model, parted, case, "resume=auto")
+    assert set(two_ranks.run(TRAIN, overrides=again, stop_at=2)) == {"preempted"}
+    assert set(two_ranks.run(TRAIN, overrides=[*again, other], stop_at=4)) == {"preempted"}
+    assert set(two_ranks.run(TRAIN, overrides=again)) == {"done"}
+    losses = [row["loss"] for row in rows(whole)]
+    assert [row["step"] for row in rows(parted)] == list(range(1, TOTAL + 1))
+    assert [row["loss"] for row in rows(parted)] == pytest.approx(losses, rel=0, abs=LOSS_LIMIT)
+    # It does learn, so that a state that was not taken over would show.
+    assert losses[0] - losses[-1] > 100 * LOSS_LIMIT
 
 
 def rows(run_dir: Path) -> list[Row]:

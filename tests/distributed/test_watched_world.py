@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from dtune import build
+from dtune.cli import main
+from dtune.errors import ConfigError
 from dtune.runtime.watch.join import WATCHERS_FIRST, collective_timeout
 from dtune.runtime.watch.schema import WatchConfig
 from dtune.runtime.world import HOST_TIMEOUT, World
@@ -71,6 +73,32 @@ def test_groups_that_an_engine_makes_wait_as_long(
         assert len(_world.pg_names) >= 4  # All, of votes, the engine's, the checkpointer's.
         limits = {timeout_of(group) for group in list(_world.pg_names)}
         assert limits == {collective_timeout(it.run.watch)} == {HOST_TIMEOUT}
+
+
+def test_ranks_meet_every_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ("train.max_steps=7", "watch.check_every=2", "watch.step=300", "watch.step_factor=0")
+    with assembled(settings(tmp_path / "run", *more)) as it:
+        met: list[tuple[int, float]] = []
+        monkeypatch.setattr(
+            World, "meet", lambda _, seconds: met.append((it.trainer.progress.step, seconds))
+        )
+        it.finish()
+    assert met == [(step, 300.0 + WATCHERS_FIRST) for step in (2, 4, 6)]
+
+
+def test_clocks_are_compared_before_a_run_builds_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def compare(world: World) -> None:
+        sizes.append(world.size)
+        raise ConfigError("enough for this test")
+
+    monkeypatch.setattr("dtune.worker.warn_of_clocks", compare)
+    monkeypatch.setattr("dtune.worker.assemble", None)
+    assert main(["train", *settings(tmp_path / "run")]) == 2
+    assert sizes == [1]
 
 
 @pytest.mark.parametrize("seconds", [30.0, -30.0])

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.faults.injection import kill
 
 _NET = "10.213.77"
@@ -52,6 +54,17 @@ class Host:
     def link(self, state: str) -> None:
         """Set the interface ``up``, or ``down``: then no packet comes or goes."""
         _ip("-n", self.namespace, "link", "set", self.interface, state)
+
+
+REQUIRED = "DTUNE_REQUIRE_HOSTS"
+
+
+def require_hosts() -> None:
+    """Skip a test where there can be no two hosts; with ``DTUNE_REQUIRE_HOSTS=1`` it fails."""
+    if reason := why_not():
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{REQUIRED}=1, but {reason}")
+        pytest.skip(reason)
 
 
 def why_not() -> str:

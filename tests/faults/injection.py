@@ -21,7 +21,7 @@ from dtune.checkpoint.reader import CHECKPOINTS
 from dtune.train.sinks.base import Row
 from dtune.train.sinks.jsonl import read_metrics
 
-INJECTED = Path(__file__).with_name("injected")
+INJECTED = Path(__file__).parents[1] / "injected"
 KINDS = ("kill", "raise", "exit", "abort", "segfault")
 """Ways in which a worker ends."""
 # What a clock or the process decides.
@@ -95,6 +95,18 @@ def workers_of(run_dir: Path) -> dict[int, int]:
             pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             ranks.update({int(pair[5:]): pid for pair in pairs if pair.startswith(b"RANK=")})
     return ranks
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that come from it."""
+    found = [pid]
+    for parent in found:
+        children = Path(f"/proc/{parent}/task/{parent}/children")
+        try:
+            found += [int(child) for child in children.read_text().split()]
+        except OSError:
+            continue  # It has just ended.
+    return found
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:

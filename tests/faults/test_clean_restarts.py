@@ -1,7 +1,8 @@
 """Ranks that end in every way are started again, all of them, in one attempt: 20 of 20.
 
 The ranks are small programs without torch under the real agent; those that train are killed in
-test_kills.py.
+test_kills.py. As those do, the first one serves the port by which its attempt meets: where the
+agent shares its own store with all attempts, the port is taken.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from tests.faults.injection import KINDS
 pytestmark = pytest.mark.timeout(600)
 
 FAILURES, RANKS, SEED = 20, 2, 5
-# Says who it is and who of those before it is still there, waits for the others, then fails as
-# its attempt has it.
+# Serves the port of its attempt where it is the first, says who it is and who of those before it is
+# still there, waits for the others, then fails as its attempt has it.
 RANK = """
-import ctypes, json, os, signal, sys, time
+import ctypes, json, os, signal, socket, sys, time
 from pathlib import Path
 signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
 plan, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+if rank == 0:
+    server = socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"])))
 def is_there(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"

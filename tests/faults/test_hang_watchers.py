@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ import pytest
 
 from dtune.runtime.status import State, Status, read_status, write_status
 from dtune.runtime.watch.judge import OTHERS_SECONDS
+from dtune.runtime.watch.watcher import SUSPENDED_SECONDS
+from tests.faults.injection import family
 from tests.faults.watched_rank import STEP_SECONDS
 
 LATEST = STEP_SECONDS + 10.0
@@ -22,6 +27,7 @@ CASES = {
     "sleep": "sleep,1,3",
     "gil": "gil,1,3",
     "cured": "cured,1,3",
+    "suspended": "suspended,1,3",
     "batch": "batch,1,3",
     "unequal": "unequal,1,3",
     "kill": "kill,1,3",
@@ -33,7 +39,8 @@ CASES = {
     "slow": "slow,1,0",
 }
 GUILTY = {name: int(fault.split(",")[1]) for name, fault in CASES.items()}
-HUNG = [name for name in CASES if name not in ("kill", "fail", "none", "cured", "start", "slow")]
+NO_HANG = ("kill", "fail", "none", "cured", "suspended", "start", "slow")
+HUNG = [name for name in CASES if name not in NO_HANG]
 SECTIONS = ("save", "evaluation")
 SAYS = {
     "stop": "stopped by a signal",
@@ -62,9 +69,25 @@ class Ended:
 
 def last_call(run_dir: Path) -> float:
     # A rank that was stopped goes on for the moment in which it shows its stacks.
-    at = 4 if run_dir.name in ("unequal", "none", "cured", "slow") else 2
+    at = 4 if run_dir.name in ("unequal", "none", "cured", "suspended", "slow") else 2
     before = "started-*" if run_dir.name == "start" else f"call-*-{at}"
     return max(path.stat().st_mtime for path in run_dir.glob(before))
+
+
+def suspend(run_dir: Path, ranks: list[int]) -> None:
+    """Stop ranks and watchers for longer than a step may take, once one is in the step."""
+    deadline = time.monotonic() + 120
+    while not (run_dir / "is-quiet").is_file():
+        if time.monotonic() > deadline:
+            return  # The ranks never came to it: the test of this case says so.
+        time.sleep(0.01)
+    processes = [pid for rank in ranks for pid in family(rank)]
+    assert len(processes) == 4
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(SUSPENDED_SECONDS + 2.0)
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +109,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         ]
     ends: dict[str, float] = {}
     deadline = time.monotonic() + 240
+    suspended = threading.Thread(
+        target=suspend, args=(folder / "suspended", [it.pid for it in running["suspended"]])
+    )
+    suspended.start()
     try:
         while len(ends) < len(running) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -93,6 +120,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
                 if name not in ends and all(process.poll() is not None for process in processes):
                     ends[name] = time.time()
     finally:
+        suspended.join()
         for process in itertools.chain(*running.values()):
             process.kill()
     results = {}
@@ -186,6 +214,12 @@ def test_a_rank_that_goes_on_when_its_stacks_are_taken_is_left_alone(
     it = ended["cured"]
     assert (it.codes, it.status.state) == ([0, 0], State.running)
     assert "goes on, now that its stacks were taken" in it.said
+
+
+def test_time_in_which_a_whole_run_was_suspended_is_forgiven(ended: dict[str, Ended]) -> None:
+    it = ended["suspended"]
+    assert STEP_SECONDS < SUSPENDED_SECONDS
+    assert (it.codes, it.said, it.status.state) == ([0, 0], "", State.running)
 
 
 def test_a_run_in_which_nothing_hangs_is_left_alone(ended: dict[str, Ended]) -> None:

@@ -152,4 +152,4 @@ def test_each_failure_is_shown_with_its_rank_and_the_traceback_of_what_was_raise
         "a fault injected by a test\n"
     )[1]
     assert told.startswith("Traceback (most recent call last):\n")
-    assert "sitecustomize.py" in told[:3000]
+    assert "injected_faults.py" in told[:3000]

@@ -12,7 +12,7 @@ import pytest
 
 from dtune.runtime.status import State, Status, read_status
 from tests.distributed.pool import Pool
-from tests.faults.hosts import Host, two_hosts, why_not
+from tests.faults.hosts import Host, require_hosts, two_hosts
 from tests.faults.injection import (
     exported,
     newest_step,
@@ -21,12 +21,7 @@ from tests.faults.injection import (
 )
 from tests.integration.train_runs import settings
 
-WHY_NOT = why_not()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 STEPS, EVERY, PORT = 60, 2, 29871
 SILENT = 10
@@ -88,6 +83,11 @@ class CutOff:
     status: Status
     said: str
     resumed_codes: list[int]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hosts() -> None:
+    require_hosts()
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,16 @@ def heard(line: Line, seconds: float) -> list[Message] | None:
     return messages
 
 
+def is_own(address: str) -> bool:
+    """Whether this machine can be called by an address."""
+    try:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        socket.create_server((address, 0), family=family).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_a_watcher_that_calls_before_the_first_rank_has_met_it_is_heard(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     watch = Watch(WatchConfig(), str(tmp_path), rank=0)
@@ -38,6 +48,25 @@ def test_a_watcher_that_calls_before_the_first_rank_has_met_it_is_heard(tmp_path
         pinged = heard(line, 60)
         assert pinged is not None, "hung up on"
         assert pinged[0]["kind"] == "ping"
+        line.close()
+    finally:
+        watch.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_ranks_of_other_machines_call_by_either_kind_of_address(
+    tmp_path: Path, address: str
+) -> None:
+    if not is_own(address):
+        pytest.skip(f"this machine has no {address}")
+    (tmp_path / "logs").mkdir()
+    watch = Watch(WatchConfig(), str(tmp_path), rank=0)
+    try:
+        port = watch.listen(local=False)
+        watch.meet(2, secret=SECRET)
+        line = Line(socket.create_connection((address, port)))
+        line.send("hello", rank=1, secret=SECRET)
+        assert heard(line, 60), "nobody answers"
         line.close()
     finally:
         watch.close()

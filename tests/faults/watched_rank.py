@@ -124,6 +124,8 @@ class Rank:
         started = time.perf_counter()
         if self.fault in FAULTS and step == self.at:
             FAULTS[self.fault]()
+        if self.fault == "suspended" and step == self.at:
+            self.be_quiet()
         if self.fault == "fail" and step == self.at:
             self.watch.failed("a rank fails", trace="Traceback: here", step=step)
             sleep_for_ever()
@@ -133,6 +135,15 @@ class Rank:
         self.meet_all()
         heartbeat.end_step(own, time.perf_counter() - started)
         heartbeat.at(Place.batch)
+
+    def be_quiet(self) -> None:
+        """Give no sign of life for less than a step may take, in time that this process has."""
+        # The other rank is quiet as well from here on.
+        self.wait_for(self.run_dir / f"call-0-{self.calls + 1}")
+        for number in range(35):
+            if number == 10:
+                (self.run_dir / "is-quiet").touch()
+            time.sleep(0.1)
 
     def between_steps(self, kind: str) -> None:
         """A save or an evaluation, in which ranks meet as well."""

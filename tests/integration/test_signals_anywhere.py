@@ -57,15 +57,15 @@ def send(number: signal.Signals) -> Callable[[], None]:
 
 TERM, USR1 = send(signal.SIGTERM), send(signal.SIGUSR1)
 
-POINTS: dict[str, tuple[Callable[[Assembled], None], int]] = {
-    "first step": (lambda it: before_call(it.trainer.engine, "backward", 1, TERM), 1),
-    "mid-step": (lambda it: before_call(it.trainer.engine, "clip", 3, USR1), 3),
-    "in a save": (lambda it: before_call(it.trainer.checkpointer, "_snapshot", 1, TERM), 3),
-    "in evaluation": (lambda it: before_call(it.trainer.evaluator, "_match", 1, USR1), 3),
-    "last step": (lambda it: before_call(it.trainer.engine, "step", STEPS, TERM), STEPS),
-    "last evaluation": (lambda it: before_call(it.trainer.evaluator, "_match", 2, USR1), STEPS),
+POINTS: dict[str, tuple[Callable[[Assembled], tuple[Any, str]], int, int]] = {
+    "first step": (lambda it: (it.trainer.engine, "backward"), 1, 1),
+    "mid-step": (lambda it: (it.trainer.engine, "clip"), 3, 3),
+    "in a save": (lambda it: (it.trainer.checkpointer, "_snapshot"), 1, 3),
+    "in evaluation": (lambda it: (it.trainer.evaluator, "_match"), 1, 3),
+    "last step": (lambda it: (it.trainer.engine, "step"), STEPS, STEPS),
+    "last evaluation": (lambda it: (it.trainer.evaluator, "_match"), 2, STEPS),
 }
-"""Where a signal comes, and the step at which it is to be saved."""
+"""Where a signal comes: a method and its call; and the step at which it is to be saved."""
 
 
 def run(folder: Path, inject: Callable[[Assembled], None] | None = None) -> tuple[State, str]:
@@ -86,11 +86,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_signal_saves_the_step_it_came_in_and_nothing_is_lost(
-    tmp_path: Path, whole: str, point: str
+    tmp_path: Path, whole: str, point: str, number: signal.Signals
 ) -> None:
-    inject, step = POINTS[point]
+    where, call, step = POINTS[point]
+
+    def inject(it: Assembled) -> None:
+        before_call(*where(it), call, send(number))
+
     assert run(tmp_path / "run", inject)[0] is State.preempted
     assert kept(tmp_path / "run")[-1] == step
     assert kept(tmp_path / "run").count(step) == 1
@@ -240,3 +245,24 @@ def test_signals_while_python_starts_and_imports_are_not_lost(tmp_path: Path) ->
     assert read_status(early).state is State.preempted
     # Nothing is in the way of the same command.
     assert main(["train", *settings(early), "resume=auto"]) == 0
+
+
+_PASSES_ON = """
+import os, sys, time
+from dtune.runtime import signals
+from dtune_launch.local import forwarding_signals
+signals.GRACE_SECONDS = 0.2
+with signals.StopRequest().in_charge():
+    with forwarding_signals([]) as received:
+        os.kill(os.getpid(), int(sys.argv[1]))
+        # Its processes take their time to save.
+        time.sleep(1.0)
+        print("alive", [int(number) for number in received], flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_who_passes_a_signal_on_waits_for_those_who_save(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", _PASSES_ON, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"alive [{int(number)}]\n", done.stderr

@@ -85,7 +85,7 @@ def test_an_interrupt_saves_the_running_trial_and_starts_no_other(tmp_path: Path
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert status(tmp_path / "sweep" / "0")["state"] == "preempted", out + err
-    assert "not started" in out
+    assert "not started" in out, out + err
     assert process.returncode == 75
 
 

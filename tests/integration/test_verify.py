@@ -95,12 +95,8 @@ def shorten_index(run_dir: Path) -> None:
     reseal(step, "index.json")
 
 
-def point_elsewhere(run_dir: Path) -> None:
-    (run_dir / CHECKPOINTS / "LATEST").write_text("step-00000009\n")
-
-
-def point_back(run_dir: Path) -> None:
-    (run_dir / CHECKPOINTS / "LATEST").write_text("step-00000002\n")
+def lose_the_best(run_dir: Path) -> None:
+    (run_dir / CHECKPOINTS / "BEST").write_text("step-00000009\n")
 
 
 def cut_the_export(run_dir: Path) -> None:
@@ -129,8 +125,7 @@ def break_the_config(run_dir: Path) -> None:
         (put_value(math.nan), ("param/", "not finite: 1 NaN")),
         (put_value(-math.inf), ("param/", "not finite: 1 inf")),
         (shorten_index, ("in the index and",)),
-        (point_elsewhere, ("names 'step-00000009', which is not there",)),
-        (point_back, (f"names step-00000002, and the newest is {STEP}",)),
+        (lose_the_best, ("BEST names 'step-00000009', which is not there",)),
         (cut_the_export, ("adapter_model.safetensors is not readable",)),
         (spoil_the_export, ("not finite: 1 inf",)),
         (break_the_config, ("unknown key colour",)),
@@ -148,6 +143,24 @@ def test_each_damage_is_named(
     for part in said:
         assert part in out, out
     assert "damaged: " in out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("step-00000009\n", "LATEST names 'step-00000009'"),
+        ("step-00000002\n", "LATEST names 'step-00000002'"),
+        ("", "LATEST names no step"),
+    ],
+)
+def test_a_latest_that_is_behind_is_noted_and_no_damage(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (run_dir / CHECKPOINTS / "LATEST").write_text(text)
+    assert main(["verify", str(run_dir)]) == 0
+    out = capsys.readouterr().out
+    for part in (f"{said}, and the newest is {STEP}", f"goes on from {STEP}", "all good"):
+        assert part in out, out
 
 
 def test_what_is_set_aside_is_noted_and_no_damage(

@@ -178,6 +178,14 @@ class Cluster:
         """Poll until something holds; ClusterError with the job's output where it never does."""
         self._wait(holds, what, timeout, job)
 
+    def tasks(self, job: str) -> list[int]:
+        """Processes that run in the steps of a job, and not in its batch script."""
+        return [
+            pid
+            for pid in self._processes(f"SLURM_JOB_ID={job}")
+            if b"SLURM_STEP_NODELIST=" in _read(Path(f"/proc/{pid}/environ"))
+        ]
+
     def logs(self, job: str = "") -> str:
         """What a failure has to show: ends of the daemons' logs, the job, and what it has said."""
         parts = [_tail(path, 600) for path in sorted((self.folder / "log").iterdir())]
@@ -254,6 +262,14 @@ def _search_path() -> str:
 def _tail(path: Path, size: int) -> str:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "(none)"
     return f"--- {path}\n{text[-size:]}"
+
+
+def _read(path: Path) -> bytes:
+    """Contents of a file of a process; empty where it has just ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _end_all(find: Callable[[], list[int]]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.faults.injection import exported, leftovers, newest_step, numbers
+from tests.faults.injection import exported, leftovers, newest_step, numbers, state_digest
 from tests.slurm.cluster import Cluster, one_host_cluster
 from tests.slurm.training import (
     EVERY,
@@ -79,12 +79,16 @@ def preempt(cluster: Cluster, run_dir: Path, *, submit: Submit = submit_script) 
 
 
 def reach_time_limit(cluster: Cluster, run_dir: Path, *, submit: Submit = submit_script) -> Ended:
-    """Let a run come near its real time limit of a minute; seconds from its start to its end."""
+    """Let a run come near its real time limit of a minute; seconds from its signal to a step."""
     options = (*_ELSEWHERE, "--time=1", "--signal=B:USR1@30")
-    start = time.monotonic()
     env = environment(hold_at=HOLD_AT)
     job = submit(cluster, run_dir, *TWO_RANKS, options=options, env=env)
-    cluster.wait_until(lambda: cluster.restarts(job) > 0, "it is requeued", job=job)
+    output = Path(cluster.show(job)["StdOut"])
+    cluster.wait_until(
+        lambda: output.is_file() and "USR1, saving" in output.read_text(), "a signal", job=job
+    )
+    start = time.monotonic()
+    wait_for_step(cluster, job, run_dir, HOLD_AT + 1)
     return finish(cluster, job, run_dir, time.monotonic() - start)
 
 
@@ -125,6 +129,7 @@ def differences(ended: Ended, whole: Ended) -> list[str]:
         "loses no more than the steps since a save": all(HOLD_AT - s <= EVERY for s in resumed),
         "has every step": set(trained) == set(range(1, STEPS + 1)),
         "repeats no step that was saved": all(step > min(resumed) for step in repeated),
+        "has the same state": state_digest(ended.run_dir) == state_digest(whole.run_dir),
         "has the same weights": ended.digest() == whole.digest(),
         "has the same numbers": numbers(ended.run_dir) == numbers(whole.run_dir),
         "leaves nothing behind": leftovers(ended.run_dir) == [],

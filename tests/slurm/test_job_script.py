@@ -6,20 +6,24 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from dtune_launch.schema.slurm import SlurmConfig
 from dtune_launch.slurm import render_script
+from dtune_launch.torchrun import shutdown_seconds
 
 from tests.faults.injection import leftovers
 from tests.slurm.cluster import Cluster
+from tests.slurm.stand_in import HIGH
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in.py")
 MAX_REQUEUES = 2
-KINDS = ("stuck", "one_step", "fails")
+SAVE_SECONDS = 2500.0
+KINDS = ("stuck", "one_step", "falls_back", "fails")
 NOT_REQUEUED = "not_requeued"
 ELEMENTS = 3
 LAST = ELEMENTS - 1
@@ -34,7 +38,7 @@ def interpreter(folder: Path) -> str:
 
 
 def write_script(
-    folder: Path, runs: dict[int, Path], *, is_array: bool = False, setup: tuple[str, ...] = ()
+    folder: Path, runs: dict[int, Path], *, is_array: bool = False, setup: Sequence[str] = ()
 ) -> Path:
     """The script that dtune renders for these runs, with stand-ins for ranks."""
     config = SlurmConfig(
@@ -48,7 +52,7 @@ def write_script(
     logs.mkdir()
     for run_dir in runs.values():
         run_dir.mkdir(exist_ok=True)
-        (run_dir / "config.yaml").touch()
+        (run_dir / "config.yaml").write_text(f"save: 1\nwatch:\n  save: {SAVE_SECONDS}\nseed: 1\n")
     script = folder / "job.sbatch"
     script.write_text(
         render_script(config, runs, nproc=1, name="test", logs=logs, is_array=is_array)
@@ -152,6 +156,15 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
     assert "no step since the last requeue; not requeued" in said
 
 
+def test_a_job_that_falls_back_is_not_requeued_for_ever(
+    cluster: Cluster, jobs: dict[str, str]
+) -> None:
+    requeues, code, said = ended(cluster, jobs["falls_back"])
+    assert (requeues, code) == (1, "75"), said
+    assert f"preempted at step {HIGH - 2}" in said
+    assert "no step since the last requeue; not requeued" in said
+
+
 def test_a_job_that_goes_on_is_requeued_up_to_its_limit(
     cluster: Cluster, jobs: dict[str, str]
 ) -> None:
@@ -159,6 +172,47 @@ def test_a_job_that_goes_on_is_requeued_up_to_its_limit(
     assert (requeues, code) == (MAX_REQUEUES, "75"), said
     assert said.count("preempted at step") == MAX_REQUEUES + 1
     assert f"requeued {MAX_REQUEUES} times, which is the limit" in said
+
+
+def test_a_job_is_not_bound_by_how_far_an_earlier_one_got(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script = write_script(tmp_path, {0: run})
+    mark = run / "logs" / "requeued-at-step"
+    mark.parent.mkdir()
+    mark.write_text("1 1000\n")
+    job = cluster.submit(str(script), cwd=tmp_path, env=environment("one_step"))
+    cluster.wait_until(lambda: cluster.restarts(job) > 0, "it is requeued", job=job)
+    assert mark.read_text() == f"{job} 1\n"
+    cluster.client("scancel", job)
+
+
+def test_ranks_have_longer_to_end_than_the_config_allows_a_save(
+    cluster: Cluster, jobs: dict[str, str]
+) -> None:
+    folder = Path(cluster.show(jobs["one_step"])["WorkDir"])
+    ended(cluster, jobs["one_step"])
+    given = int((folder / "run" / "shutdown_timeout").read_text())
+    assert given == shutdown_seconds(SAVE_SECONDS) > SAVE_SECONDS
+
+
+def test_a_second_signal_to_the_job_is_passed_on_as_well(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script = write_script(tmp_path, {0: run})
+    job = cluster.submit(str(script), cwd=tmp_path, env=environment("until_hurried"))
+    told = run / "told"
+
+    def hears_again() -> bool:
+        # One may come before the first has been dealt with.
+        cluster.client("scancel", "--batch", "--signal=USR2", job, check=False)
+        return len(told.read_text().splitlines()) == 2
+
+    cluster.wait_until(told.is_file, "it runs", job=job)
+    cluster.client("scancel", "--batch", "--signal=USR2", job)
+    cluster.wait_until(lambda: told.read_text() != "", "it hears", job=job)
+    assert told.read_text().split() == ["SIGUSR1"]
+    cluster.wait_until(hears_again, "it hears again", job=job, timeout=60)
+    _, code, said = ended(cluster, job)
+    assert code == "75", said
 
 
 def test_a_job_that_fails_is_not_requeued(cluster: Cluster, jobs: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from tests.integration.train_runs import settings
 from tests.slurm.cluster import Cluster
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
-SLOWED = Path(__file__).with_name("slowed")
+SLOWED = Path(__file__).parents[1] / "injected"
 STEPS = 30
 EVERY = 5
 HOLD_AT = 13
@@ -30,7 +30,7 @@ def overrides(run_dir: Path, *more: str) -> list[str]:
 
 
 def environment(*, hold_at: int = 0, slow_save: float = 0.0) -> dict[str, str]:
-    """What a job needs in its environment, and what makes it wait; see ``slowed``."""
+    """What a job needs in its environment, and what makes it wait; see ``injected_waits``."""
     given = {"DTUNE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if hold_at:
         given["DTUNE_TEST_HOLD_AT"] = str(hold_at)

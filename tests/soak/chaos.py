@@ -78,8 +78,15 @@ def crash_rank(scene: Scene) -> set[int]:
     return _to_a_rank(scene, signal.SIGSEGV)
 
 
+def _workers(scene: Scene) -> dict[int, int]:
+    """Process of each rank, waited for while the run starts; none where it ends instead."""
+    while not (workers := workers_of(scene.run_dir)) and scene.process.poll() is None:
+        time.sleep(0.02)
+    return workers
+
+
 def _to_a_rank(scene: Scene, number: signal.Signals) -> set[int]:
-    workers = workers_of(scene.run_dir)
+    workers = _workers(scene)
     if workers:
         kill(workers[scene.chance.choice(sorted(workers))], number)
     return set()
@@ -105,7 +112,7 @@ def preempt_term(scene: Scene) -> set[int]:
 
 def pause_rank(scene: Scene) -> set[int]:
     """SIGSTOP one rank for a few seconds: slow, not dead."""
-    workers = workers_of(scene.run_dir)
+    workers = _workers(scene)
     if workers:
         pid = workers[scene.chance.choice(sorted(workers))]
         kill(pid, signal.SIGSTOP)

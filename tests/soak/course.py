@@ -32,7 +32,7 @@ from tests.soak.leaks import OpenFiles, count_open
 RESTARTS = 100_000
 ORPHAN_SECONDS = 10.0
 """Until all processes of a run that has ended must be gone."""
-_GOES_ON = re.compile(rb"going on from \S*step-(\d+)")
+GOES_ON = re.compile(rb"going on from \S*step-(\d+)")
 _STEP = re.compile(rb"^step +\d+/", re.MULTILINE)
 
 
@@ -64,6 +64,17 @@ class Course:
             *WATCH,
             *self.overrides,
         ]
+
+
+@dataclass(frozen=True)
+class Due:
+    """A fault that is to come."""
+
+    seconds: float
+    """From the one before, or from a start of the run."""
+    kind: str
+    after_step: float | None = None
+    """Seconds from the next step on, which is waited for; None: wherever the run is by then."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +144,8 @@ class Endurance:
         self._went_on = False
         self._files = OpenFiles()
 
-    def run(self, faults: Iterator[tuple[float, str]], limit: float) -> Endured:
-        """``faults``: seconds from the one before (or from a start) and kind, one after another."""
+    def run(self, faults: Iterator[Due], limit: float) -> Endured:
+        """Go through ``faults``, one after another, for ``limit`` seconds at most."""
         started = time.monotonic()
         try:
             while True:
@@ -150,30 +161,31 @@ class Endurance:
             self._check_end()
         return self.result
 
-    def _live(self, faults: Iterator[tuple[float, str]], deadline: float) -> int:
+    def _live(self, faults: Iterator[Due], deadline: float) -> int:
         """One launch, to its end; its exit code."""
         name, _, value = self.mark.partition("=")
         process = start_train(self.course.settings(self.run_dir), self.log, {name: value})
         self.result.launches += 1
         self._allowed = set()
         scene = Scene(self.run_dir, process, self.chance, self.room)
-        due, kind = _next(faults)
+        at, due = _next(faults)
         while process.poll() is None:
             now = time.monotonic()
             if now > deadline:
                 self.result.problems.append("not done within its limit")
                 return -1
             self._look()
-            if now >= due:
-                self._strike(kind, scene)
-                due, kind = _next(faults)
+            if now >= at:
+                self._strike(due, scene)
+                at, due = _next(faults)
             time.sleep(0.05)
         # What was due in this life comes in the next one, counted from its start.
         self._look()
         return process.returncode
 
-    def _strike(self, kind: str, scene: Scene) -> None:
-        if kind in NEEDS_STEPS and not wait_for_step(scene):
+    def _strike(self, due: Due, scene: Scene) -> None:
+        kind = due.kind
+        if not self._is_there(due, scene):
             return
         self._look()
         steps = whole_steps(self.run_dir)
@@ -191,6 +203,18 @@ class Endurance:
             steps = whole_steps(self.run_dir)
             self._floor = steps[-1] if steps else -1
 
+    def _is_there(self, due: Due, scene: Scene) -> bool:
+        """Wait until the run is where a fault is to meet it; False where it ends before."""
+        if due.after_step is None and due.kind not in NEEDS_STEPS:
+            return True
+        if not wait_for_step(scene):
+            return False
+        end = time.monotonic() + (due.after_step or 0.0)
+        while time.monotonic() < end and scene.process.poll() is None:
+            self._look()
+            time.sleep(0.02)
+        return scene.process.poll() is None
+
     def _look(self) -> None:
         """Read what the run has said since: where it went on from, and whether it steps again."""
         if not self.log.is_file():
@@ -201,7 +225,7 @@ class Endurance:
         said = said[: said.rfind(b"\n") + 1]
         self._read += len(said)
         position = 0
-        for match in _GOES_ON.finditer(said):
+        for match in GOES_ON.finditer(said):
             self.result.attempts += 1
             self._went_on, position = True, match.end()
             if int(match[1]) < self._floor:
@@ -244,6 +268,6 @@ class Endurance:
             problems.append("the metrics are not those of the run that was left alone")
 
 
-def _next(faults: Iterator[tuple[float, str]]) -> tuple[float, str]:
-    seconds, kind = next(faults, (float("inf"), ""))
-    return time.monotonic() + seconds, kind
+def _next(faults: Iterator[Due]) -> tuple[float, Due]:
+    due = next(faults, Due(float("inf"), ""))
+    return time.monotonic() + due.seconds, due

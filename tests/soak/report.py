@@ -26,7 +26,7 @@ def write_report(soak: Soak, *, started: float, loads: list[float]) -> bool:
     legs = soak.legs
     problems = [problem for leg in legs for problem in leg.problems]
     record = {
-        "ok": not problems and all(soak.clean_restarts),
+        "ok": not problems and all(soak.clean_restarts) and soak.kills == soak.options.kills,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
         "minutes": round((time.time() - started) / 60, 1),
         "options": asdict(soak.options),
@@ -36,6 +36,7 @@ def write_report(soak: Soak, *, started: float, loads: list[float]) -> bool:
             "torch": torch.__version__,
             "load_average_at_start_and_end": [round(load, 1) for load in loads],
         },
+        "kills_of_those_asked_for": [soak.kills, soak.options.kills],
         "faults": sum(len(leg.faults) for leg in legs),
         "by_kind": by_kind(soak),
         "runs": len(legs),
@@ -91,7 +92,8 @@ def page(record: dict[str, Any]) -> str:
         f"{record['faults']} faults in {record['runs']} runs. "
         f"Checkpoints lost: {record['checkpoints_lost']}. Runs that ended with the very state, "
         f"weights and metrics of the run that was left alone: "
-        f"{record['runs_equal_to_the_one_left_alone']} of {record['runs']}. Clean restarts in "
+        f"{record['runs_equal_to_the_one_left_alone']} of {record['runs']}. Kills at random: "
+        f"{' of '.join(map(str, record['kills_of_those_asked_for']))}. Clean restarts in "
         f"one attempt: {record['clean_restarts'][0]} of {record['clean_restarts'][1]}.",
         "",
         "| fault | times | median seconds to the next step |",

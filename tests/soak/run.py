@@ -10,6 +10,7 @@ with ``mean`` seconds between them, then jobs of a SLURM on this host.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ from pathlib import Path
 from tests.faults.injection import KINDS as ENDS
 from tests.faults.injection import Fault, fired, kill_run, plan_faults, start_train, state_digest
 from tests.soak.chaos import KINDS, NEEDS_ROOM
-from tests.soak.course import Course, Endurance, Endured, Whole, run_whole
+from tests.soak.course import GOES_ON, Course, Due, Endurance, Endured, Whole, run_whole
 from tests.soak.report import write_report
 from tests.soak.slurm_leg import endure_slurm, why_not
 
@@ -67,6 +68,8 @@ class Soak:
     legs: list[Endured] = field(default_factory=list)
     wholes: dict[str, Whole] = field(default_factory=dict)
     clean_restarts: list[bool] = field(default_factory=list)
+    kills: int = 0
+    """That have happened, of those asked for."""
 
     def whole(self, course: Course) -> Whole:
         """The course without faults, run once."""
@@ -77,7 +80,7 @@ class Soak:
             say(f"{course.name}: {self.wholes[course.name].seconds:.0f} s when left alone")
         return self.wholes[course.name]
 
-    def endure(self, course: Course, faults: Iterator[tuple[float, str]]) -> Endured:
+    def endure(self, course: Course, faults: Iterator[Due]) -> Endured:
         """One run of a course through faults."""
         number = len(self.legs)
         folder = self.folder / f"leg-{number}"
@@ -106,8 +109,7 @@ def main(argv: list[str]) -> int:
         loads = [os.getloadavg()[0]]
         deadline = time.monotonic() + 60 * options.minutes
         restart_cleanly(soak)
-        # Where the machine is so slow that they would take all of the time.
-        kill_at_random(soak, time.monotonic() + 20 * options.minutes)
+        kill_at_random(soak)
         mix(soak, deadline)
         batch(soak)
         loads.append(os.getloadavg()[0])
@@ -174,7 +176,10 @@ def restart_cleanly(soak: Soak) -> None:
         kill_run(run_dir)
     happened = fired(folder / "plan")
     soak.clean_restarts = [fact["attempt"] == number for number, fact in enumerate(happened)]
+    went_on = steps_gone_on_from((folder / "said.log").read_bytes())
     result = Endured(course.name, launches=1, attempts=len(happened))
+    published = [fact["published"] for fact in happened]
+    result.checkpoints_lost = sum(map(operator.lt, went_on, published))
     result.seconds = time.monotonic() - started
     times = [fact["time"] for fact in happened]
     result.faults = [
@@ -183,27 +188,37 @@ def restart_cleanly(soak: Soak) -> None:
     ]
     if code or len(happened) < len(plan) or state_digest(run_dir) != whole.digest:
         result.problems.append(f"{len(happened)} of {len(plan)} restarts, exit code {code}")
+    if result.checkpoints_lost or len(went_on) != len(published):
+        result.problems.append(f"went on from {went_on}, and {published} were published")
     soak.legs.append(result)
     between = (times[-1] - times[0]) / max(1, len(times) - 1) if times else 0
     say(f"{sum(soak.clean_restarts)} of {len(plan)} clean restarts, {between:.1f} s each")
 
 
-def kill_at_random(soak: Soak, deadline: float) -> None:
-    """kill -9 of a rank or the tree at any time, also while the run starts."""
-    chance, left = random.Random(soak.options.seed + 1), [soak.options.kills]
-    # As long as a run takes: it is met while it starts, steps, saves and exports.
+def steps_gone_on_from(said: bytes) -> list[int]:
+    """Checkpoint of each attempt but the first of what a run has said; -1: it started anew."""
+    attempts = said.split(b"attempt ended: ")[1:]
+    return [int(found[1]) if (found := GOES_ON.search(it)) else -1 for it in attempts]
+
+
+def kill_at_random(soak: Soak) -> None:
+    """kill -9 of a rank or the tree: while a run starts, and while it steps, saves and exports."""
+    chance, asked = random.Random(soak.options.seed + 1), soak.options.kills
     span = soak.whole(COURSES[0]).seconds
 
-    def faults() -> Iterator[tuple[float, str]]:
-        while left[0] and time.monotonic() < deadline:
-            left[0] -= 1
-            yield (
-                chance.uniform(0, span),
-                chance.choice(("kill -9 of a rank", "kill -9 of a rank", "kill -9 of the tree")),
-            )
+    def faults() -> Iterator[Due]:
+        for _ in range(asked - soak.kills):
+            kind = chance.choice(("kill -9 of a rank", "kill -9 of a rank", "kill -9 of the tree"))
+            if chance.random() < 1 / 3:
+                yield Due(chance.uniform(0, span / 2), kind)
+            else:
+                yield Due(0.0, kind, after_step=chance.uniform(0, span / 4))
 
-    while left[0] and time.monotonic() < deadline:
-        if soak.endure(COURSES[0], faults()).problems:
+    while soak.kills < asked:
+        result = soak.endure(COURSES[0], faults())
+        # What was to come after the run had ended has not happened.
+        soak.kills += len(result.faults)
+        if result.problems:
             return
 
 
@@ -213,11 +228,13 @@ def mix(soak: Soak, deadline: float) -> None:
     kinds = [kind for kind in KINDS if soak.room is not None or kind not in NEEDS_ROOM]
     bag: list[str] = []
 
-    def faults() -> Iterator[tuple[float, str]]:
+    def faults() -> Iterator[Due]:
         while time.monotonic() < deadline:
             if not bag:
                 bag.extend(chance.sample(kinds, len(kinds)))
-            yield min(chance.expovariate(1 / soak.options.mean), 4 * soak.options.mean), bag.pop()
+            seconds = min(chance.expovariate(1 / soak.options.mean), 4 * soak.options.mean)
+            steps = chance.random() < 1 / 2
+            yield Due(seconds / 4, bag.pop(), seconds / 4) if steps else Due(seconds, bag.pop())
 
     number = 0
     while time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.slurm.cluster import missing_tools, one_host_cluster
 from tests.slurm.faults import Ended, differences, finish, lose_node, reach_time_limit, start_whole
 from tests.slurm.shape import Shape
-from tests.slurm.training import HOLD_AT
+from tests.slurm.training import EVERY, HOLD_AT, steps_of
 from tests.soak.course import Endured
 
 # Seconds until SLURM takes a node that says nothing for down.
@@ -41,6 +41,9 @@ def endure_slurm(folder: Path) -> list[Endured]:
             result = Endured("lora, ddp, 2 nodes of SLURM", launches=1, attempts=ended.restarts)
             result.faults = [{"kind": name, "seconds": ended.seconds, "step": HOLD_AT}]
             result.problems = differences(ended, whole)
+            # Its newest checkpoint is of the step before the fault, or one interval older.
+            saved = steps_of(ended.run_dir, "resume")
+            result.checkpoints_lost = sum(step < HOLD_AT - EVERY for step in saved)
             result.seconds = time.monotonic() - started
             started = time.monotonic()
             results.append(result)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ from dtune_launch.local import (
 )
 from dtune_launch.spec import JobSpec, LaunchConfig
 from dtune_launch.torchrun import job_environment, torchrun_command
+
+from dtune.cli import main
+from dtune.commands.train import check_agent
+from dtune.runtime.watch.schema import WatchConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +48,9 @@ print("out of rank", rank, flush=True)
 if how == "fail" and rank == "1":
     sys.exit(7)
 if how == "wrong" and rank == "1":
+    # The agent ends the others at once, also those that have not got as far as to say so.
+    while not (folder / f"started-0-{attempt}").exists():
+        time.sleep(0.01)
     sys.exit(2)
 if how == "die-once" and rank == "1" and attempt == "0":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -151,12 +159,52 @@ def test_environment_disables_the_shared_store_and_keeps_what_the_user_set(tmp_p
     spec = JobSpec("m", (), tmp_path, nproc=4, env={"EXTRA": "1"})
     added = job_environment(spec, {}, cores=10)
     assert added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    # A save may take minutes; torchrun kills after half of one.
-    assert added["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     assert added["OMP_NUM_THREADS"] == "2"
     assert added["EXTRA"] == "1"
     assert "OMP_NUM_THREADS" not in job_environment(spec, {"OMP_NUM_THREADS": "5"}, cores=10)
     assert job_environment(spec, {}, cores=2)["OMP_NUM_THREADS"] == "1"
+
+
+def shutdown_timeout(base: Mapping[str, str], **kwargs: float) -> int:
+    spec = JobSpec("m", (), Path("run"), **kwargs)  # type: ignore[arg-type]
+    return int({**base, **job_environment(spec, base, cores=2)}["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+
+
+def test_a_stopped_job_has_longer_to_end_than_a_save_may_be_silent() -> None:
+    assert JobSpec.save_seconds == WatchConfig().save
+    assert shutdown_timeout({}) > WatchConfig().save
+    assert shutdown_timeout({}, save_seconds=9000.0) > 9000
+    # Without a limit, and with one that the user has set.
+    assert shutdown_timeout({}, save_seconds=0.0) > 9000
+    assert shutdown_timeout({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}) == 5
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=1,2")])
+def test_what_a_config_allows_a_save_reaches_its_job(
+    sweep: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"{'hydra.sweep.dir' if sweep else 'run_dir'}={tmp_path / 'run'}"
+    settings = ("parallel=ddp", "launch.nproc=2", "watch.save=9000", "launch.dry_run=true")
+    assert main(["train", *sweep, *settings, place]) == 0
+    given = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", capsys.readouterr().out)
+    assert given == ["9300"] * (2 if sweep else 1)
+
+
+def test_an_own_torchrun_whose_restarts_would_hang_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    agent = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**rank, **agent}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", f"run_dir={tmp_path / 'run'}", "parallel=ddp"]) == 2
+    assert "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    for name, value in (
+        ("TORCHELASTIC_MAX_RESTARTS", "0"),
+        ("TORCHELASTIC_USE_AGENT_STORE", "False"),
+    ):
+        check_agent({**agent, name: value})
 
 
 def test_dry_run_says_a_command_that_a_shell_takes(tmp_path: Path) -> None:
@@ -174,6 +222,18 @@ def test_launching_imports_no_torch() -> None:
 def test_exit_code_of_one_process_is_passed_on(rank_module: str, tmp_path: Path) -> None:
     assert run_job(job(rank_module, "end", tmp_path)) == 0
     assert exit_code(-9) == 137
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_job_that_is_stopped_before_it_is_started_is_not_started(
+    rank_module: str, tmp_path: Path, nproc: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    code = run_job(job(rank_module, "end", tmp_path, nproc=nproc), lambda: True)
+    assert code == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("started-*"))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_two_ranks_end_the_first_on_the_terminal_the_other_in_a_file(

@@ -220,6 +220,28 @@ def test_a_status_that_cannot_be_read_is_told(
     assert f"message    {run / 'status.json'} cannot be read: " in said
 
 
+def test_a_character_of_which_a_part_is_written_yet_is_printed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", State.running)
+    (run / "logs").mkdir()
+    log, rest = run / "logs" / "rank-0.log", iter([b"\xaf", b"\x95\n", b"cut \xe6"])
+    log.write_bytes("loss 1.0 好".encode() + b"\xe6")
+
+    def write_more(seconds: float) -> None:
+        with log.open("ab") as file:
+            file.write(next(rest))
+
+    standings = iter([True, True, True, False])
+    stand_ins = {"is_alive": property(lambda self: next(standings))}
+    standing = type("Standing", (), stand_ins)()
+    monkeypatch.setattr(logs, "read_standing", lambda folder: standing)
+    monkeypatch.setattr(logs, "_ASK_SECONDS", -1.0)
+    monkeypatch.setattr(logs.time, "sleep", write_more)
+    assert main(["logs", str(run), "-f"]) == 0
+    assert capsys.readouterr().out == "loss 1.0 好毕\ncut \N{REPLACEMENT CHARACTER}"
+
+
 def test_a_log_is_followed_without_asking_slurm_at_every_look(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from dtune_launch.slurm import (
     render_script,
     script_of,
 )
-from dtune_launch.slurm_queries import Nodes, check_nodes, explain_refusal, parse_nodes
+from dtune_launch.slurm_queries import ALIVE, Nodes, check_nodes, explain_refusal, parse_nodes
 from dtune_launch.spec import JobSpec, LaunchError
 from dtune_launch.srun import is_task, rank_variables
 from dtune_launch.torchrun import node_options, torchrun_command
@@ -107,6 +108,12 @@ def test_scripts_parse_and_shellcheck_finds_nothing(name: str) -> None:
     for command in (["bash", "-n", "/dev/stdin"], [SHELLCHECK, "--shell=bash", "-"]):
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), command
+
+
+def test_the_script_knows_the_states_of_a_job_that_has_not_ended() -> None:
+    found = re.search(r"case \$now in\n(.*?)\)\n", render_manual_script(), re.DOTALL)
+    assert found
+    assert sorted(re.findall(r"(\w+)\*", found[1])) == sorted(ALIVE)
 
 
 def test_an_argument_with_spaces_and_quotes_stays_one(tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.soak import course
 from tests.soak.chaos import KINDS, Scene
-from tests.soak.course import Course, Endurance, Whole
+from tests.soak.course import Course, Due, Endurance, Endured, Whole
 from tests.soak.leaks import GROWTH, OpenFiles, count_open
+from tests.soak.report import write_report
+from tests.soak.run import Options, Soak, steps_gone_on_from
 
 WHOLE = Whole("state", "weights", [{"step": 1}], 1.0)
 
@@ -164,13 +167,55 @@ def test_a_strike_stops_one_rank_for_good_and_asks_who_is_blamed(
     say(endurance, HUNG)
     monkeypatch.setitem(KINDS, "a rank stopped for good", hang)
     monkeypatch.setattr(course, "wait_for_step", lambda scene: False)
-    with subprocess.Popen(["true"]) as process:
+    due = Due(0.0, "a rank stopped for good")
+    with subprocess.Popen(["sleep", "60"]) as process:
         scene = Scene(endurance.run_dir, process, endurance.chance, None)
         # A run that does not step any more cannot hang.
-        endurance._strike("a rank stopped for good", scene)
+        endurance._strike(due, scene)
         assert endurance.result.faults == []
         monkeypatch.setattr(course, "wait_for_step", lambda scene: True)
-        endurance._strike("a rank stopped for good", scene)
+        endurance._strike(due, scene)
+        process.kill()
     # What was said before does not count.
     assert endurance.result.problems == ["rank 1 hung and was not named"]
     assert endurance.result.faults[0]["ended"] >= 0
+
+
+class Steps:
+    """A run that writes a row whenever it is looked at, and then ends."""
+
+    def __init__(self, rows: Path, looks: int) -> None:
+        self.rows, self.looks, self.pid = rows, looks, os.getpid()
+
+    def poll(self) -> int | None:
+        self.looks -= 1
+        with self.rows.open("a") as file:
+            file.write("{}\n")
+        return 0 if self.looks < 0 else None
+
+
+@pytest.mark.parametrize(("looks", "there"), [(1000, True), (0, False)])
+def test_a_fault_that_waits_for_a_step_comes_after_it_or_not_at_all(
+    endurance: Endurance, looks: int, there: bool
+) -> None:
+    process: Any = Steps(endurance.run_dir / "metrics.jsonl", looks)
+    scene = Scene(endurance.run_dir, process, endurance.chance, None)
+    assert endurance._is_there(Due(0.0, "kill -9 of the tree", 0.05), scene) is there
+    assert endurance._is_there(Due(0.0, "kill -9 of the tree"), scene)
+
+
+@pytest.mark.parametrize(("kills", "lost", "ok"), [(2, 0, True), (1, 0, False), (2, 1, False)])
+def test_a_soak_is_well_where_every_kill_came_and_nothing_is_lost(
+    tmp_path: Path, kills: int, lost: int, ok: bool
+) -> None:
+    options = Options(kills=2, out=str(tmp_path / "s.json"), page=str(tmp_path / "s.md"))
+    leg = Endured("none", checkpoints_lost=lost, problems=["lost"] * lost)
+    soak = Soak(options, tmp_path, None, legs=[leg], clean_restarts=[True], kills=kills)
+    assert write_report(soak, started=0.0, loads=[0.0, 0.0]) is ok
+    assert f"Kills at random: {kills} of 2" in (tmp_path / "s.md").read_text()
+
+
+def test_what_each_attempt_went_on_from_is_read_from_what_was_said() -> None:
+    end = b"attempt ended: rank 0 of this machine exited with 1\n"
+    went_on = b"going on from /run/checkpoints/step-00000005\n"
+    assert steps_gone_on_from(b"step 1\n" + end + b"step 1\n" + end + went_on) == [-1, 5]

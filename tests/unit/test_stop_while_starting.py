@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from dtune_launch.schema.local import LocalConfig
+from dtune_launch.spec import JobSpec
 
-from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.commands.train import launch
+from dtune.runtime.signals import StopRequest
+from dtune.runtime.status import EXIT_CODES, State, Status, read_status, write_status
 
 RANK = """
 import os, sys, time
@@ -61,3 +65,30 @@ def test_only_a_failure_of_this_attempt_outweighs_the_signal(
             write_status(tmp_path, while_it_starts, since=began)
         rank.communicate("\n", timeout=120)
     assert read_status(tmp_path).state is after
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_signal_before_the_ranks_are_started_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nproc: int
+) -> None:
+    write_status(tmp_path, Status(State.running))
+    started: list[list[str]] = []
+    monkeypatch.setattr("dtune_launch.local._start", lambda *given: started.append([*given]))
+    stop = StopRequest()
+    job = JobSpec("dtune.worker", (str(tmp_path),), tmp_path, nproc=nproc, max_restarts=1)
+    with stop.in_charge():
+        stop.signal_name = "SIGTERM"
+        assert launch(job, LocalConfig(), stop) == EXIT_CODES[State.preempted]
+    assert started == []
+    assert read_status(tmp_path).state is State.preempted
+
+
+def test_a_status_that_a_full_disk_has_cut_off_does_not_hide_how_the_job_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "status.json").write_text('{"state": "run')
+    monkeypatch.setattr("dtune_launch.local._run", lambda *given: 7)
+    job = JobSpec("dtune.worker", (str(tmp_path),), tmp_path, nproc=2)
+    with StopRequest().in_charge() as stop:
+        assert launch(job, LocalConfig(), stop) == 7
+    assert "status.json cannot be read" in capsys.readouterr().err

@@ -19,12 +19,12 @@ from dtune_launch.spec import JobSpec, LaunchConfig
 from hydra_plugins.dtune_launcher.local import DtuneLocalLauncher
 
 from dtune.errors import ConfigError
-from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.runtime.status import State, Status, read_status, status_of, write_status
 from dtune.sweep import local
 from dtune.sweep.folder import Attempt, TrialRecord, write_trial
 from dtune.sweep.local import Limits, Task, _Running, _tell_ended, gpus_of_slot
 from dtune.sweep.metrics import Scores
-from dtune.sweep.standing import Standing, _state_of, status_of
+from dtune.sweep.standing import Standing, _state_of
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,6 +26,9 @@ from dtune.train.sinks.jsonl import read_metrics
 from dtune.train.sinks.trackers import WandbSink
 from dtune.train.trainer import Trainer
 from tests.integration.train_runs import assembled, settings
+
+LONGEST_SECONDS = 1e-3
+"""Of a step, that a tracker may take for a row."""
 
 ROWS: list[Row] = [{"kind": "train", "step": step, "loss": 1.0 / step} for step in range(1, 9)]
 
@@ -117,6 +121,25 @@ def test_a_tracker_that_hangs_is_waited_for_neither_in_a_step_nor_for_long_at_th
     go_on.set()
 
 
+@pytest.mark.parametrize("kind", ["works", "fails", "hangs"])
+def test_a_row_takes_a_step_less_than_a_millisecond_whatever_the_tracker_does(kind: str) -> None:
+    go_on = threading.Event()
+    count = 3 * background.MAX_WAITING
+    fails_at = tuple(range(count)) if kind == "fails" else ()
+    tracker = Tracker(fails_at=fails_at, waits=go_on if kind == "hangs" else None)
+    sink = BackgroundSink("tracker", lambda: tracker)
+    seconds = []
+    for step in range(count):
+        began = time.perf_counter()
+        sink.write({**ROWS[0], "step": step})
+        seconds.append(time.perf_counter() - began)
+    go_on.set()
+    sink.close_seconds = 1.0
+    sink.close()
+    # 1 % of a step of 0.1 s; measured: 0.01 ms.
+    assert statistics.median(seconds) < LONGEST_SECONDS
+
+
 def test_tensorboard_without_a_folder_to_write_to_costs_no_row_of_metrics(
     tmp_path: Path, world: World
 ) -> None:
@@ -188,7 +211,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(
 
 
 _DEAD_SERVER = """
-import json, sys, time
+import json, statistics, sys, time
 from functools import partial
 from pathlib import Path
 from dtune.runtime.schema import WandbMode
@@ -197,13 +220,15 @@ from dtune.train.sinks.trackers import WandbSink
 
 make = partial(WandbSink, Path(sys.argv[1]), project="p", mode=WandbMode.online, config={})
 sink = BackgroundSink("wandb", make)
-began = time.monotonic()
+seconds = []
 for step in range(100):
+    began = time.perf_counter()
     sink.write({"kind": "train", "step": step, "loss": 1.0})
-writing = time.monotonic() - began
+    seconds.append(time.perf_counter() - began)
 sink.close_seconds = 1.0
 sink.close()
-print(json.dumps({"writing": writing, "dropped": sink.report().dropped}), flush=True)
+said = {"writing": statistics.median(seconds), "dropped": sink.report().dropped}
+print(json.dumps(said), flush=True)
 """
 
 
@@ -226,4 +251,4 @@ def test_a_wandb_server_that_is_not_there_keeps_no_run_from_going_on_or_ending(
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["dropped"] == 100
-    assert said["writing"] < 5
+    assert said["writing"] < LONGEST_SECONDS

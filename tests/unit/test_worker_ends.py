@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,22 @@ from dtune.config.compose import compose_overrides
 from dtune.config.freeze import load_frozen
 from dtune.config.run import RunConfig
 from dtune.errors import CheckpointError
-from dtune.runtime.signals import StopRequest
+from dtune.runtime.signals import Preempted, StopRequest
 from dtune.runtime.status import State, Status, read_status, write_status
 from dtune.runtime.watch.client import Watch
-from dtune.worker import Outcome, is_over_for_good, state_of
+from dtune.runtime.watch.schema import OnHang
+from dtune.runtime.world import World
+from dtune.worker import (
+    Outcome,
+    _train,
+    begin_attempt,
+    describe_end,
+    is_over_for_good,
+    state_of,
+)
+
+CUT_OFF = '{"state": "run'
+"""What a full disk leaves of a status."""
 
 
 @pytest.fixture
@@ -34,9 +48,11 @@ class Unwatched(Watch):
         """There is nobody to tell."""
 
 
-def end_by(error: Exception, run: RunConfig) -> Status:
+def end_by(error: Exception, run: RunConfig, before: str = "") -> Status:
     write_status(run.run_dir, Status(State.running))
-    with suppress(MemoryError), Outcome(run, 0, Unwatched(), StopRequest()):
+    if before:
+        (Path(run.run_dir) / "status.json").write_text(before)
+    with suppress(type(error)), Outcome(run, 0, Unwatched(), StopRequest()):
         raise error
     return read_status(run.run_dir)
 
@@ -83,3 +99,62 @@ def test_out_of_memory_is_not_tried_again_and_another_failure_is(
     assert is_over_for_good(run)
     write_status(run.run_dir, replace(status, hopeless=False), instead=True)
     assert not is_over_for_good(run)
+
+
+@pytest.mark.parametrize(("state", "on_hang"), list(product((State.hung, State.failed), OnHang)))
+def test_a_hang_is_tried_again_only_where_it_is_told_to(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, state: State, on_hang: OnHang
+) -> None:
+    run = replace(run, watch=replace(run.watch, on_hang=on_hang))
+    write_status(run.run_dir, Status(state))
+    assert not is_over_for_good(run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert is_over_for_good(run) is (state is State.hung and on_hang is OnHang.stop)
+
+
+def test_ranks_that_are_started_again_after_a_hang_leave_at_once_and_it_stays_one(
+    run: RunConfig, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(World, "stop", lambda _: None)
+    monkeypatch.setattr("dtune.worker.assemble", None)
+    write_status(run.run_dir, Status(State.hung, step=3, rank=1, message="hung"))
+    before = read_status(run.run_dir)
+    # torchrun would start them again for any other code.
+    assert _train(run, world, Unwatched(), StopRequest()) == 0
+    assert read_status(run.run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (ValueError("why"), State.failed),
+        (CheckpointError("why"), State.config_error),
+        (RuntimeError("why"), State.failed),
+    ],
+)
+def test_a_status_that_was_cut_off_does_not_hide_why_a_run_fails(
+    run: RunConfig, error: Exception, state: State
+) -> None:
+    status = end_by(error, run, before=CUT_OFF)
+    assert (status.state, status.message) == (state, "why")
+
+
+def test_a_status_that_was_cut_off_keeps_no_rank_from_starting_again(
+    run: RunConfig, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (Path(run.run_dir) / "status.json").write_text(CUT_OFF)
+    assert not is_over_for_good(run)
+    assert "a rank has ended without a word" in describe_end(run.run_dir)
+    begin_attempt(run, world)
+    assert read_status(run.run_dir).state is State.running
+
+
+def test_a_status_that_was_cut_off_keeps_no_signal_from_ending_a_run(run: RunConfig) -> None:
+    (Path(run.run_dir) / "status.json").write_text(CUT_OFF)
+    with StopRequest().in_charge() as stop:
+        stop.install(at_once=True, run_dir=run.run_dir)
+        with pytest.raises(Preempted):
+            signal.raise_signal(signal.SIGTERM)
+    assert read_status(run.run_dir).state is State.preempted

@@ -54,8 +54,9 @@ def join_watchers(watch: Watch, world: World) -> None:
         return
     secret = world.broadcast(secrets.token_hex(16) if world.is_first else "")
     # Its own machine alone may call where all ranks are on it.
-    own = watch.listen(local=world.local_size == world.size) if world.is_first else 0
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    local = world.local_size == world.size
+    own = watch.listen(local=local) if world.is_first else 0
+    address = "127.0.0.1" if local else os.environ["MASTER_ADDR"]
     watch.meet(world.size, address=address, port=world.broadcast(own), secret=secret)
     watch.count(count_calls)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtune.runtime.status import State, Status, read_status, write_status
+from dtune.runtime.status import State, Status, status_of, write_status
 from dtune.runtime.watch.chair import Cause, Chair
 from dtune.runtime.watch.heartbeat import Heartbeat
 from dtune.runtime.watch.judge import Limits, Report
@@ -127,7 +127,13 @@ class Watcher:
             self._on_bye()
 
     def _listen(self, *, local: bool) -> None:
-        self._server = socket.create_server(("127.0.0.1" if local else "", 0), backlog=1024)
+        both = not local and socket.has_dualstack_ipv6()
+        self._server = socket.create_server(
+            ("127.0.0.1" if local else "", 0),
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            dualstack_ipv6=both,
+            backlog=1024,
+        )
         self.control.send("listening", port=self._server.getsockname()[1])
 
     def _join(self, message: Message) -> None:
@@ -184,9 +190,10 @@ class Watcher:
 
     def _says(self, state: State) -> bool:
         """How the run stands: preempted, where a rank has left because a signal asked for it."""
+        told = Path(self.orders.run_dir) / "status.json"
         try:
-            return read_status(self.orders.run_dir).state is state
-        except (OSError, ValueError):
+            return told.is_file() and status_of(self.orders.run_dir)[0].state is state
+        except OSError:
             return False
 
     def _finish(self) -> None:

@@ -19,6 +19,13 @@ class LocalConfig(LaunchConfig):
         """The job as a shell would take it."""
         return describe_job(job)
 
-    def start(self, job: JobSpec, in_process: Callable[[list[str]], int]) -> int:
+    def start(
+        self,
+        job: JobSpec,
+        in_process: Callable[[list[str]], int],
+        is_stopped: Callable[[], bool],
+    ) -> int:
         """Run the job to its end."""
-        return in_process(list(job.arguments)) if is_one_process(job) else run_job(job)
+        if is_one_process(job):
+            return in_process(list(job.arguments))
+        return run_job(job, is_stopped)

@@ -141,6 +141,11 @@ class SlurmConfig(LaunchConfig):
         """Ask whether Slurm would take the job; leaves its script in the run folder."""
         try_submission(self, job)
 
-    def start(self, job: JobSpec, in_process: Callable[[list[str]], int]) -> None:
+    def start(
+        self,
+        job: JobSpec,
+        in_process: Callable[[list[str]], int],
+        is_stopped: Callable[[], bool],
+    ) -> None:
         """Submit the job."""
         submit(self, job)

@@ -71,9 +71,14 @@ class TorchrunConfig(LaunchConfig):
         """The job as a shell would take it."""
         return describe_torchrun(self._placed(job))
 
-    def start(self, job: JobSpec, in_process: Callable[[list[str]], int]) -> int:
+    def start(
+        self,
+        job: JobSpec,
+        in_process: Callable[[list[str]], int],
+        is_stopped: Callable[[], bool],
+    ) -> int:
         """Run this machine's part of the job to its end."""
-        return run_torchrun(self._placed(job))
+        return run_torchrun(self._placed(job), is_stopped)
 
     def _placed(self, job: JobSpec) -> JobSpec:
         if self.nnodes == 1:

@@ -117,4 +117,5 @@ class DtuneLocalLauncher(DtuneLauncher):
 def _task(trial: "Trial") -> "Task":
     from dtune.sweep.local import Task
 
-    return Task(trial.number, trial.folder, trial.nproc, trial.run.launch.max_restarts)
+    run = trial.run
+    return Task(trial.number, trial.folder, trial.nproc, run.launch.max_restarts, run.watch.save)

@@ -1,1 +1,0 @@
-"""Tokens per second and memory of each method, measured: ``dtune bench``."""
