@@ -24,6 +24,7 @@ USAGE = """dtune fine-tunes Hugging Face language models. Settings are group=opt
   dtune convert from=PATH to=PATH           checkpoints to and from Hugging Face, from DeepSpeed
   dtune export gguf                  how a merged model becomes a GGUF file
   dtune plan [settings]              what a run would do, without loading weights
+  dtune bench [settings]             tokens/s and memory of methods, measured; -m compares them
   dtune config [settings]            the composed config of a run
   dtune status RUN ...               how runs stand: step, job, last numbers, checkpoints
   dtune logs RUN [-f] [--rank N]     what a rank says

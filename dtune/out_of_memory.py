@@ -23,7 +23,7 @@ from dtune.optim.schema import OPTIM
 from dtune.parallel.footprint import Footprint
 from dtune.parallel.schema import PARALLEL
 from dtune.patch.schema import Backend
-from dtune.plan_memory import (
+from dtune.plan.memory import (
     MemoryPlan,
     MemoryRequest,
     plain_loss,

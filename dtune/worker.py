@@ -28,6 +28,7 @@ from dtune.config.run import RunConfig
 from dtune.config.support import check_run
 from dtune.errors import CheckpointError, ConfigError, DivergedError, HungError
 from dtune.out_of_memory import advise, describe_shortage, is_out_of_memory
+from dtune.plan.auto import decide_here
 from dtune.run_folder import is_restart, resume_of_attempt
 from dtune.runtime.clocks import warn_of_clocks
 from dtune.runtime.lock import STALE_SECONDS, holding, is_held_here
@@ -122,7 +123,7 @@ def _train(run: RunConfig, world: World, watch: Watch, stop: StopRequest) -> int
     stop.install(at_once=True, run_dir=run.run_dir)
     with outcome:
         warn_of_clocks(world)
-        run = begin_attempt(run, world)
+        outcome.run = run = decide_here(begin_attempt(run, world), world)
         check_run(run, world.size)
         seed_everything(run.seed, world.rank)
         trainer, exporter = assemble(run, world)
@@ -202,7 +203,7 @@ class Outcome:
     def __init__(self, run: RunConfig, rank: int, watch: Watch, stop: StopRequest) -> None:
         self.state = State.failed
         self.trainer: Trainer | None = None
-        self._run = run
+        self.run = run
         self._run_dir = run.run_dir
         self._rank = rank
         self._watch = watch
@@ -265,7 +266,7 @@ class Outcome:
         status = Status(self.state, step, rank, message=message, traceback=trail, hopeless=oom)
         write_status(self._run_dir, status)
         self._watch.failed(f"rank {rank} at step {step}: {message}", trace=trail, step=step)
-        if oom and (advice := advise(self._run, self.trainer, seconds=ADVICE_SECONDS)):
+        if oom and (advice := advise(self.run, self.trainer, seconds=ADVICE_SECONDS)):
             message = f"{message}. {advice}"
             write_status(self._run_dir, replace(status, message=message), instead=True)
         log.error("dtune: %s", message)

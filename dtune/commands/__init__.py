@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 COMMANDS = (
     *("train", "eval", "chat", "generate", "merge", "convert", "export"),
-    *("config", "plan", "doctor", "kernels", "sweep"),
+    *("config", "plan", "bench", "doctor", "kernels", "sweep"),
     *("status", "logs", "cancel", "verify"),
 )
 

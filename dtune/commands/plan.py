@@ -1,69 +1,176 @@
-"""``dtune plan``: what a run would do, without loading weights."""
+"""``dtune plan``: what a run would do, without loading weights, and which settings would fit."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dtune_launch.gpus import resolve_nproc
 
+from dtune.commands.own import Command, split_settings
 from dtune.config.compose import compose
 from dtune.config.freeze import load_frozen
+from dtune.config.planning import Find, PlanSettings
 from dtune.config.run import RunConfig
 from dtune.config.support import accumulation_steps, check_run
 from dtune.errors import ConfigError
-from dtune.models.schema import ModelConfig
-from dtune.resources import resolve_path
 
 if TYPE_CHECKING:
     from dtune.build import BuiltModel
+    from dtune.measure.cards import Card
+    from dtune.plan.run import Planner
     from dtune.types import Batch
 
 Rows = list[tuple[str, str]]
 
+COMMAND = Command(
+    name="dtune plan",
+    usage="dtune plan [settings]: memory, work, traffic and time of a run, without a GPU.",
+    own=PlanSettings,
+    unused=frozenset(),
+    why_unused="",
+    examples="""  dtune plan experiment=llama3_8b data.path=my.jsonl card=h200 gpus=8
+  dtune plan experiment=llama3_70b card=h200 gpus=1024 train.global_batch_size=1024
+  dtune plan experiment=llama3_8b card=4090 quant=nf4 find=max_length""",
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The processes of a run, which are simulated."""
+
+    ranks: int
+    per_node: int
+
+    def __str__(self) -> str:
+        nodes = -(-self.ranks // self.per_node)
+        return f"{self.ranks} on {nodes} node{'s' * (nodes > 1)}"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the data say of a run."""
+
+    rows: Rows
+    batch: Batch | None = None
+    """The micro batch of the first step that trains most tokens; None where there are no data."""
+    steps: int = 0
+    """0 where it is not known."""
+    mean_length: float | None = None
+    """Of documents, weighted by tokens."""
+    tokens: float = 0.0
+    """Of one step, without padding."""
+
 
 def run(argv: list[str]) -> int:
     """Print the resolved config and the numbers that follow from it."""
-    text = compose("train", argv)
+    if COMMAND.asks_help(argv):
+        sys.stdout.write(COMMAND.help())
+        return 0
+    if any(argument.startswith("-") for argument in argv):
+        # Hydra's own flags, and what they take.
+        own, settings = PlanSettings(), argv
+    else:
+        own, settings = split_settings(argv, PlanSettings, COMMAND)
+    text = compose("train", settings)
     if text is None:
         return 0
     config = load_frozen(text)
-    nproc = resolve_nproc(config.launch, engine=config.parallel.name)
-    world_size = nproc * config.launch.num_nodes
-    check_run(config, world_size)
-    built = _build(config)
-    data, batch = _data_rows(config, world_size)
-    rows = [
-        *_batch_rows(config, world_size),
-        *_model_rows(config, built),
-        *data,
-        *_memory_rows(config, built, world_size, batch),
-    ]
-    width = max(len(name) for name, _ in rows)
+    cluster = _cluster(config, own)
+    check_run(config, cluster.ranks)
     sys.stdout.write(text + "\n")
-    sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in rows)
+    _plan(config, own, cluster)
     return 0
+
+
+def _cluster(run: RunConfig, own: PlanSettings) -> Cluster:
+    if own.gpus:
+        return Cluster(own.gpus, min(own.gpus, own.gpus_per_node))
+    nproc = resolve_nproc(run.launch, engine=run.parallel.name)
+    return Cluster(nproc * run.launch.num_nodes, nproc)
+
+
+def _plan(run: RunConfig, own: PlanSettings, cluster: Cluster) -> None:
+    # Only now, because a wrong setting is answered before torch is imported.
+    from dtune.plan.auto import decide
+    from dtune.plan.cards import choose_card
+    from dtune.plan.report import card_rows, memory_lines, time_lines, work_lines
+    from dtune.plan.run import Planner, UncountableError
+
+    card = choose_card(own, cluster.ranks)
+    decision = decide(run, cluster.ranks, _memory(card, cluster), card=card)
+    run = decision.run
+    planner = Planner(run, cluster.ranks, card, per_node=cluster.per_node)
+    data = _data(run, cluster.ranks)
+    _write(
+        [
+            ("processes", f"{cluster} ({run.parallel.name})"),
+            *[("auto", reason) for reason in decision.reasons],
+            *_batch_rows(run, cluster.ranks),
+            *_model_rows(run, planner.built),
+            *data.rows,
+            *card_rows(card),
+        ]
+    )
+    try:
+        plan = planner.plan(run, data.batch, mean_length=data.mean_length)
+    except UncountableError as error:
+        if own.find is not Find.nothing:
+            raise
+        _say([f"memory and time: not counted: {error}"])
+        return
+    _say(memory_lines(plan, data.batch or planner.batch(run)))
+    _say(work_lines(plan))
+    _say(time_lines(plan, steps=data.steps, tokens=data.tokens))
+    _say(_found(own.find, planner))
+
+
+def _memory(card: Card | None, cluster: Cluster) -> float:
+    """Bytes of one rank: of the card, or of this machine."""
+    import torch
+
+    from dtune.plan.auto import memory_of
+
+    if card is not None:
+        return card.memory
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return float(memory_of(here, cluster.per_node))
+
+
+def _found(find: Find, planner: Planner) -> list[str]:
+    from dtune.plan.report import cheapest_lines
+    from dtune.plan.solve import find_cheapest, find_max_length, find_micro_batch
+
+    if find is Find.max_length:
+        return [f"find=max_length: {line}" for line in find_max_length(planner).rows()]
+    if find is Find.micro_batch:
+        return [f"find=micro_batch: {line}" for line in find_micro_batch(planner).rows()]
+    if find is Find.cheapest:
+        return cheapest_lines(find_cheapest(planner))
+    return []
+
+
+def _write(rows: Rows) -> None:
+    width = max(len(name) for name, _ in rows)
+    sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in rows)
+
+
+def _say(lines: Iterable[str]) -> None:
+    sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 def _batch_rows(run: RunConfig, world_size: int) -> Rows:
     accumulation = accumulation_steps(run, world_size)
     train = run.train
     return [
-        ("processes", f"{world_size} ({run.parallel.name})"),
         (
             "global batch",
             f"{train.global_batch_size} = {train.micro_batch_size} micro x {accumulation} "
             f"accumulated x {world_size} ranks",
         ),
     ]
-
-
-def _build(run: RunConfig) -> BuiltModel:
-    from dtune.build import build_trained_model
-
-    return build_trained_model(dataclasses.replace(run, model=_reachable(run.model)), load=False)
 
 
 def _model_rows(run: RunConfig, built: BuiltModel) -> Rows:
@@ -78,15 +185,6 @@ def _model_rows(run: RunConfig, built: BuiltModel) -> Rows:
     ]
 
 
-def _memory_rows(run: RunConfig, built: BuiltModel, world_size: int, batch: Batch | None) -> Rows:
-    """What the fullest rank holds; turns the built model into tensors without values."""
-    from dtune.plan_memory import memory_rows
-
-    return memory_rows(
-        run, built, batch, world_size, accumulates=accumulation_steps(run, world_size) > 1
-    )
-
-
 def _kernels(run: RunConfig, *, patched: bool) -> str:
     """The option, and whether what is planned could run here."""
     from dtune.patch.apply import why_not_here
@@ -98,22 +196,10 @@ def _kernels(run: RunConfig, *, patched: bool) -> str:
     return f"{name}, planned for another machine: {problem}" if problem else name
 
 
-def _reachable(model: ModelConfig) -> ModelConfig:
-    """The model itself, or its architecture as embedded where the Hub is out of reach."""
-    from dtune.models.load import locate
+def _data(run: RunConfig, world_size: int) -> DataFacts:
+    """Rows about the data, and what of them the plan follows from."""
+    import numpy as np
 
-    try:
-        locate(model.path, key="model.path", revision=model.revision)
-    except ConfigError:
-        folder = Path(resolve_path("dtune://architectures")) / model.path.replace("/", "--")
-        if not folder.is_dir():
-            raise
-        return dataclasses.replace(model, path=str(folder))
-    return model
-
-
-def _data_rows(run: RunConfig, world_size: int) -> tuple[Rows, Batch | None]:
-    """Rows about the data, and the micro batch of the first step that trains most tokens."""
     from dtune.build import build_data
     from dtune.models.load import load_tokenizer
     from dtune.runtime.world import World
@@ -121,8 +207,9 @@ def _data_rows(run: RunConfig, world_size: int) -> tuple[Rows, Batch | None]:
     try:
         tokenizer = load_tokenizer(run.model)
     except ConfigError as error:
-        steps = str(run.train.max_steps) if run.train.max_steps else "known once data are tokenised"
-        return [("steps", steps), ("data", f"not tokenised: {error}")], None
+        steps = run.train.max_steps
+        known = str(steps) if steps else "known once data are tokenised"
+        return DataFacts([("steps", known), ("data", f"not tokenised: {error}")], steps=steps)
     world = World.start()
     data = build_data(run, tokenizer, world, world_size=world_size)
     report, per_step = data.train.report, run.train.global_batch_size
@@ -141,4 +228,11 @@ def _data_rows(run: RunConfig, world_size: int) -> tuple[Rows, Batch | None]:
             f"{round(report.tokens * epochs):,}, {round(report.trained_tokens * epochs):,} trained",
         ),
     ]
-    return rows, batch
+    lengths = data.train.lengths.astype(np.float64)
+    return DataFacts(
+        rows,
+        batch,
+        steps=data.total_steps,
+        mean_length=float(np.square(lengths).sum() / max(1.0, lengths.sum())),
+        tokens=report.tokens * epochs / data.total_steps,
+    )

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dtune.config.freeze import explain_omegaconf, freeze
@@ -35,13 +39,30 @@ HYDRA_FLAGS = frozenset(
 )
 
 # Keys whose own keys are not ours to name.
-OPEN_KEYS = ("peft.options", "data.columns")
+OPEN_KEYS = ("peft.options", "data.columns", "bench.rates")
 
 
-def register_schemas() -> None:
-    """Store every typed config under ``<group>/schema/<name>``, and the run's as ``schema/run``."""
+@dataclass(frozen=True)
+class Composed:
+    """One of the configs that a command line comes to; a sweep comes to several."""
+
+    text: str
+    """The frozen config of the run."""
+    own: Any
+    """The command's own section, typed."""
+    overrides: tuple[str, ...]
+    """The settings of this one."""
+    choices: Mapping[str, str]
+    """Option of every group."""
+
+
+def register_schemas(root: type[RunConfig] = RunConfig) -> None:
+    """Store every typed config under ``<group>/schema/<name>``, and the run's as ``schema/run``.
+
+    ``root`` is the run's, or that of a command which adds a section of its own to it.
+    """
     store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=RunConfig, package="_global_")
+    store.store(group="schema", name="run", node=root, package="_global_")
     for group, registry in POLYMORPHIC.items():
         for name in registry.names():
             store.store(group=f"{group}/schema", name=name, node=registry.config(name))
@@ -58,19 +79,51 @@ def compose(config_name: str, argv: Sequence[str]) -> str | None:
         sys.stdout.write(help_text())
         return None
     register_schemas()
-    check_flags(argv)
-    check_truths(argv)
     composed: list[DictConfig] = []
+    _run_hydra(config_name, argv, composed.append)
+    return freeze(composed[0]) if composed else None
+
+
+def compose_each(
+    config_name: str, argv: Sequence[str], *, root: type[RunConfig], section: str
+) -> list[Composed]:
+    """Like `compose`, for a command that runs what a sweep comes to by itself.
+
+    ``root`` is the run's config with the command's own ``section``, which is no part of the frozen
+    text. The config file must choose Hydra's basic launcher. Nothing where nothing is left to run.
+    """
+    register_schemas(root)
+    found: list[tuple[DictConfig, HydraConf]] = []
 
     def keep(config: DictConfig) -> None:
-        composed.append(config)
+        found.append((config, HydraConfig.get()))
 
+    _run_hydra(config_name, argv, keep)
+    return [_take_section(config, hydra_config, section) for config, hydra_config in found]
+
+
+def _take_section(config: DictConfig, hydra_config: HydraConf, section: str) -> Composed:
+    """Part a command's own section from the config of the run."""
+    try:
+        OmegaConf.resolve(config)
+        own = OmegaConf.to_object(config[section])
+    except OmegaConfBaseException as error:
+        raise explain_omegaconf(error) from error
+    with open_dict(config):
+        del config[section]
+    choices = {str(group): str(option) for group, option in hydra_config.runtime.choices.items()}
+    return Composed(freeze(config), own, tuple(map(str, hydra_config.overrides.task)), choices)
+
+
+def _run_hydra(config_name: str, argv: Sequence[str], task: Callable[[DictConfig], None]) -> None:
+    """Have Hydra call ``task`` with what arguments come to; ConfigError where they are wrong."""
+    check_flags(argv)
+    check_truths(argv)
     # An absolute folder: the same for a wheel, an editable install and any working directory.
     folder = str(find_data("conf", f"{config_name}.yaml"))
-    app = hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(keep)
+    app = hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)
     with _arguments([sys.argv[0], *_both_spellings(argv)]), _full_errors(), _explained(argv):
         app()
-    return freeze(composed[0]) if composed else None
 
 
 def compose_overrides(config_name: str, overrides: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dtune.config.planning import PlanSettings
 from dtune.config.run import POLYMORPHIC, RunConfig
 from dtune.config.support import support_table
 from dtune.resources import find_data
@@ -198,6 +199,8 @@ def render() -> str:
             parts += [*_head(field.name, config, chosen), keys]
     parts += ["## experiment\n", "Settings that belong together.\n"]
     parts.append(_table_of_options(describe_options("experiment"), ""))
+    parts += ["## dtune plan\n", "Settings of `dtune plan` alone, beside those of the run.\n"]
+    parts.append(_table_of_keys(describe_keys(PlanSettings)))
     return "\n".join(parts)
 
 

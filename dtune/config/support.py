@@ -9,7 +9,7 @@ from dtune.config.places import check_places
 from dtune.config.run import POLYMORPHIC, RunConfig
 from dtune.data.schema import Format
 from dtune.errors import ConfigError
-from dtune.parallel.schema import PARALLEL
+from dtune.parallel.schema import engines as all_engines
 from dtune.patch.schema import Backend
 from dtune.peft.schema.hf import READS_WEIGHT, HfConfig
 from dtune.peft.schema.prompt import PromptConfig, PromptInit
@@ -106,7 +106,7 @@ def support_table() -> str:
 
     Options of a group that have the same cells share a row.
     """
-    engines = PARALLEL.names()
+    engines = all_engines()
     reasons: list[str] = []
     lines = [f"| | {' | '.join(engines)} |", f"|---{'|---' * len(engines)}|"]
     for group, names in matrix().items():
@@ -137,7 +137,7 @@ def matrix() -> dict[str, tuple[str, ...]]:
         **{group: POLYMORPHIC[group].names() for group in groups},
         "kernels": tuple(backend.value for backend in Backend),
         "precision": tuple(precision.value for precision in Precision),
-        "train.recompute": tuple(recompute.value for recompute in Recompute),
+        "train.recompute": tuple(one.value for one in Recompute if one is not Recompute.auto),
         "train.compile": ("false", "true"),
         "train.offload_activations": ("false", "true"),
     }

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Dense bf16 and fp16 tensor-core peak in FLOP/s, without sparsity, by a word of the device's name.
-# NVIDIA data sheets: A100 (2021), H100 and H200 SXM (2023), B200 (2024), L40S (2023), RTX 4090.
-PEAK_HALF_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+from dtune.measure.cards import card_of_device
 
 MFU_FORMULA = (
     "(4 N_frozen + 6 N_trained + causal attention 6 L H S (fwd+bwd)) FLOPs a token "
@@ -46,7 +36,5 @@ class FlopsModel:
 
 def peak_flops(device_name: str) -> float | None:
     """Peak of a device for bf16 and fp16 in FLOP/s; None where it is not known."""
-    for word, peak in PEAK_HALF_FLOPS.items():
-        if word in device_name:
-            return peak
-    return None
+    card = card_of_device(device_name)
+    return None if card is None else card.half_flops

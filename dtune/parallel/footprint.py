@@ -69,14 +69,16 @@ class Footprint:
     gathered: int = 0
     """Whole parameters of other ranks, at most at once."""
     buckets: int = 0
-    """Buffers that gradients are reduced in."""
+    """Buffers that gradients are reduced in, at most."""
     autocasts: bool = False
     """Whether masters are computed with, under autocast, and not cast parameters."""
+    gradients_stay: bool = False
+    """Whether gradients lie in buffers that are there all the time."""
     on_host: bool = False
     """Whether all but ``gathered`` and ``buckets`` is in host memory."""
 
 
-def of_replica(planned: Planned) -> Footprint:
+def of_replica(planned: Planned, *, in_buckets: bool = False) -> Footprint:
     """Everything on every rank; with ddp gradients lie in its buckets."""
     trained = [p.numel() for p in planned.trained()]
     return Footprint(
@@ -86,6 +88,7 @@ def of_replica(planned: Planned) -> Footprint:
         gradients=MASTER * sum(trained),
         optimizer=sum(map(planned.state_bytes, trained)),
         autocasts=True,
+        gradients_stay=in_buckets,
     )
 
 
@@ -110,8 +113,19 @@ def of_fsdp(planned: Planned, *, shards: int, on_host: bool) -> Footprint:
         gradients=max(masters, whole if planned.accumulates else 0),
         optimizer=sum(planned.state_bytes(held(p)) for p in trained),
         gathered=_gathered(planned),
+        buckets=_reduced(planned),
         on_host=on_host,
     )
+
+
+def _reduced(planned: Planned) -> int:
+    """Gradients of a block, whole, and their copy that is reduced in fp32."""
+    blocks = blocks_of(planned.model, planned.spec)
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    groups = [list(block.parameters()) for block in blocks]
+    groups.append([p for p in planned.model.parameters() if id(p) not in inside])
+    trained = [sum(p.numel() for p in group if p.requires_grad) for group in groups]
+    return (planned.compute_size + MASTER) * max(trained)
 
 
 def _gathered(planned: Planned) -> int:

@@ -116,6 +116,7 @@ class Stash:
             return slot
         self._leaving.append((slot, tensor, tensor._version))
         if storage.device.type == "meta":  # a plan: nothing to copy
+            slot.host = torch.empty(slot.nbytes, dtype=torch.uint8, device="meta")
             return slot
         is_cuda = tensor.device.type == "cuda"
         slot.host = torch.empty(slot.nbytes, dtype=torch.uint8, pin_memory=is_cuda)
@@ -129,7 +130,7 @@ class Stash:
 
     def release(self) -> None:
         """Free the device's copies; computing waits until they have been read."""
-        for device in {slot.place for slot, _, _ in self._leaving if slot.host is not None}:
+        for device in {slot.place for slot, _, _ in self._leaving if _is_real(slot)}:
             self._lane.join(device)
         for slot, tensor, version in self._leaving:
             check_unchanged(tensor, version)
@@ -172,10 +173,12 @@ class Stash:
                 continue
             assert slot.host is not None
             target = torch.empty(slot.nbytes, dtype=torch.uint8, device=slot.place)
+            slot.device = target.untyped_storage()
+            if not _is_real(slot):
+                continue
             with self._lane.behind(slot.place):
                 target.copy_(slot.host, non_blocking=True)
             self._lane.borrow(target)
-            slot.device = target.untyped_storage()
             self._arriving.add(slot.place)
 
     def _drop(self) -> None:
@@ -251,6 +254,11 @@ def _pack(stash: Stash, shared: set[int], tensor: torch.Tensor) -> Any:
 
 def _unpack(saved: Any) -> torch.Tensor:
     return saved.stash.unpack(saved) if isinstance(saved, _Packed) else restore(saved)
+
+
+def _is_real(slot: _Slot) -> bool:
+    """Whether there is something to copy: not in a plan."""
+    return slot.host is not None and not slot.host.is_meta
 
 
 def _storages(tree: Any) -> set[int]:

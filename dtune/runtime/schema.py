@@ -9,8 +9,9 @@ from dtune.errors import ConfigError
 
 
 class Recompute(Enum):
-    """Which activations of a block the backward pass computes again."""
+    """Which activations of a block the backward pass computes again; auto: the least that fits."""
 
+    auto = "auto"
     none = "none"
     selective = "selective"
     full = "full"

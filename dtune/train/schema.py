@@ -26,7 +26,8 @@ class TrainConfig:
     eval_every: int = 0
     # Evaluations without improvement after which the run stops; 0: never.
     early_stopping: int = 0
-    # Activations computed again in backward: none, selective (all but large products) or full.
+    # Activations computed again in backward: none, selective (all but large products) or full;
+    # auto: the least that fits the memory of a rank.
     recompute: Recompute = Recompute.none
     # Keep activations of all blocks but the last in host memory until backward needs them.
     offload_activations: bool = False

@@ -60,6 +60,18 @@ def count_matrices(model: nn.Module) -> MatrixCounts:
     return MatrixCounts(frozen, trained)
 
 
+def flops_model(matrices: MatrixCounts, spec: ModelSpec) -> FlopsModel:
+    """What FLOPs a token follow from."""
+    text = spec.config.get_text_config()
+    head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+    return FlopsModel(
+        frozen=matrices.frozen,
+        trained=matrices.trained,
+        num_layers=text.num_hidden_layers,
+        hidden=head_dim * text.num_attention_heads,
+    )
+
+
 def speed_of(
     matrices: MatrixCounts,
     spec: ModelSpec,
@@ -68,14 +80,7 @@ def speed_of(
     world: World,
 ) -> Speed:
     """FLOPs for documents of these ``lengths`` in tokens, and the devices' peak."""
-    text = spec.config.get_text_config()
-    head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
-    counts = FlopsModel(
-        frozen=matrices.frozen,
-        trained=matrices.trained,
-        num_layers=text.num_hidden_layers,
-        hidden=head_dim * text.num_attention_heads,
-    )
+    counts = flops_model(matrices, spec)
     # Weighted by tokens: a token of a long document attends to more of it.
     mean_length = float(np.square(lengths.astype(np.float64)).sum() / max(1, lengths.sum()))
     peak = None

@@ -12,24 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from dtune.measure.storages import StorageTally, distinct_bytes
 from dtune.models.load import build_model
 from dtune.models.schema import Attention, ModelConfig
 from dtune.objectives.causal import causal_loss
 from dtune.optim.schema import OPTIM
+from dtune.optim.schema.schedule import ScheduleConfig
 from dtune.parallel.base import COMPUTE_DTYPES, TorchEngine
 from dtune.parallel.deepspeed import DeepSpeedEngine
 from dtune.parallel.schema import PARALLEL
 from dtune.patch.apply import apply_patches
 from dtune.patch.base import patch_names
 from dtune.peft.schema import PEFT
-from dtune.plan_memory import MemoryPlan, MemoryRequest, plan_memory
+from dtune.plan.memory import MemoryPlan, MemoryRequest, plain_loss, plan_memory
 from dtune.quant.schema import QUANT
 from dtune.runtime.schema import Precision, Recompute
 from dtune.runtime.world import World
-from dtune.types import Batch, Engine
-from tests.distributed.training import Setup, build_engine, make_batch
+from dtune.types import Batch, Engine, ModelSpec, PeftMethod
+from tests.distributed.training import Setup, build_engine, build_schedule_of, make_batch
 
 LIVE = ("frozen", "masters", "copies", "gradients", "optimizer", "activations")
 """What is planned of a rank, and counted."""
@@ -67,12 +69,52 @@ def _settled(count: Callable[[], int], planned: int) -> int:
     return counted
 
 
-def take_census(world: World, *, setup: Setup, planned: dict[str, int]) -> dict[str, int]:
+class Zeros:
+    """Values for every tensor: what is held does not depend on them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self._shapes[name]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Zeros."""
+        return torch.zeros(stop - start)
+
+
+def empty_engine(world: World, setup: Setup) -> Engine:
+    """The engine of one process over zeros: no weights are read, and none decomposed."""
+    precision = Precision(setup.precision)
+    model, spec, method = build_meta(setup, precision)
+    engine = PARALLEL.config("single")().build(world, precision)
+    engine.prepare(
+        model,
+        spec,
+        source=Zeros(model),
+        optimizer=partial(OPTIM.config(setup.optim)().build, rate_factor=method.rate_factor),
+        schedule=partial(build_schedule_of, ScheduleConfig()),
+        recompute=Recompute(setup.recompute),
+        compile_blocks=False,
+        offload=setup.offload,
+    )
+    engine.model.train()
+    return engine
+
+
+def take_census(
+    world: World, *, setup: Setup, planned: dict[str, int], zeros: bool = False
+) -> dict[str, int]:
     """Train one step, and count in the second.
 
-    ``planned`` is only what a count is waited for to fall to; what is counted is returned.
+    ``planned`` is only what a count is waited for to fall to; what is counted is returned. With
+    ``zeros`` by one process, over no values.
     """
-    engine = build_engine(world, setup)
+    engine = empty_engine(world, setup) if zeros else build_engine(world, setup)
     batch = make_batch(0, 0, packed=setup.packed).to(world.device)
     for last in (False, True):
         _micro(engine, batch, last=last)
@@ -186,9 +228,9 @@ def plan(setup: Setup, *, ranks: int, recompute: str = "") -> dict[str, int]:
     return {**{key: held[key] for key in LIVE if key in held}, "activations": saved}
 
 
-def _plan(setup: Setup, ranks: int, recompute: str) -> MemoryPlan:
+def build_meta(setup: Setup, precision: Precision) -> tuple[PreTrainedModel, ModelSpec, PeftMethod]:
+    """The model on the meta device with its method in place."""
     device = torch.device("cpu")
-    precision = Precision(setup.precision)
     config = ModelConfig(path=setup.model, attention=Attention.sdpa)
     model, spec = build_model(config, dtype=COMPUTE_DTYPES[precision], device=device)
     method = PEFT.config(setup.peft)(**dict(setup.peft_options)).build()
@@ -196,6 +238,12 @@ def _plan(setup: Setup, ranks: int, recompute: str) -> MemoryPlan:
     QUANT.config(setup.quant)().build(device).quantize(model, spec, method.stored_name)
     if setup.kernels:
         apply_patches(model, patch_names(), spec)
+    return model, spec, method
+
+
+def _plan(setup: Setup, ranks: int, recompute: str) -> MemoryPlan:
+    precision = Precision(setup.precision)
+    model, spec, method = build_meta(setup, precision)
     request = MemoryRequest(
         parallel=PARALLEL.config(setup.engine)(**dict(setup.engine_options)),
         optim=OPTIM.config(setup.optim)(),
@@ -204,8 +252,8 @@ def _plan(setup: Setup, ranks: int, recompute: str) -> MemoryPlan:
         offload=setup.offload,
         ranks=ranks,
         accumulates=True,
-        device=device,
+        device=torch.device("cpu"),
         rate_factor=method.rate_factor,
     )
     batch = make_batch(0, 0, packed=setup.packed)
-    return plan_memory(model, spec, request, batch, lambda m, b: causal_loss(m, b).total)
+    return plan_memory(model, spec, request, batch, plain_loss)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dtune.parallel.schema import PARALLEL
+from dtune.parallel.schema import engines
 from dtune.runtime.world import World
 from tests.distributed.pool import Pool
 from tests.distributed.training import Setup, config_folder, curve
@@ -26,7 +26,7 @@ def with_and_without(world: World, *, setup: Setup) -> list[list[tuple[float, fl
 
 CASES = [
     (engine, peft, recompute)
-    for engine in PARALLEL.names()
+    for engine in engines()
     for peft, recompute in (("full", "none"), ("lora", "full"), ("lora", "selective"))
     # Which dtune/config/support.py forbids.
     if (engine, recompute) != ("zero3", "selective")

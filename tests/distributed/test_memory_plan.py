@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dtune.parallel.schema import PARALLEL
+from dtune.parallel.schema import engines
 from dtune.resources import resolve_path
 from tests.distributed.census import LIVE, plan
 from tests.distributed.pool import Pool
@@ -33,7 +33,7 @@ TRAINED = [
 
 CASES = [
     replace(TINY, engine=engine, peft=peft, quant=quant, precision=precision, recompute=recompute)
-    for engine in PARALLEL.names()
+    for engine in engines()
     for peft, quant, precision, recompute in TRAINED
     # Which dtune/config/support.py forbids.
     if (engine, recompute) != ("zero3", "selective")

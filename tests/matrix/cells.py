@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtune.config.support import Illegal, find_illegal
-from dtune.parallel.schema import PARALLEL
+from dtune.parallel.schema import engines
 from dtune.peft.schema import PEFT
 
 QUANTS = ("none", "nf4", "int8")
-ENGINES = tuple(sorted(PARALLEL.names(), key=lambda name: (name != "single", name)))
+ENGINES = tuple(sorted(engines(), key=lambda name: (name != "single", name)))
 
 # What a cell does not choose.
 DEFAULTS = {

@@ -55,7 +55,8 @@ def test_every_option_composes(group: str, option: str) -> None:
     }
     run = run_of(f"{group}={option}", *extra.get(group, []))
     chosen = getattr(run, group).name  # the group is the parameter
-    assert getattr(chosen, "value", chosen) == option  # an Enum or a str
+    expected = "lora" if option == "qlora" else option
+    assert getattr(chosen, "value", chosen) == expected  # an Enum or a str
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -131,7 +132,14 @@ def test_existing_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_polymorphic_groups_have_a_yaml_for_every_schema() -> None:
     for group, registry in POLYMORPHIC.items():
-        assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(registry.names())
+        options = {path.stem for path in (CONF / group).glob("*.yaml")}
+        assert options - set(registry.names()) == ({"qlora"} if group == "peft" else set())
+        assert set(registry.names()) <= options
+
+
+def test_qlora_is_lora_over_four_bits_unless_told_otherwise() -> None:
+    assert (run_of("peft=qlora").peft.name, run_of("peft=qlora").quant.name) == ("lora", "nf4")
+    assert run_of("peft=qlora", "quant=fp4", "peft.rank=4").quant.name == "fp4"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dtune.build import build_trained_model
 from dtune.config.compose import compose_overrides
 from dtune.config.freeze import load_frozen
 from dtune.out_of_memory import Counter, is_out_of_memory
-from dtune.plan_memory import MemoryPlan, full_batch, plain_loss, plan_memory, request_of
+from dtune.plan.memory import MemoryPlan, full_batch, plain_loss, plan_memory, request_of
 
 SETTINGS = ["precision=bf16", "data.max_length=64", "train.global_batch_size=8", "parallel=ddp"]
 

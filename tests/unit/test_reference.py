@@ -86,7 +86,9 @@ def test_every_key_and_option_is_in_the_reference() -> None:
 
 @pytest.mark.parametrize("group", sorted(POLYMORPHIC))
 def test_every_registered_config_is_an_option(group: str) -> None:
-    assert {option.name for option in describe_options(group)} == set(POLYMORPHIC[group].names())
+    options = {option.name for option in describe_options(group)}
+    # One that is a name for settings of several groups.
+    assert options - {"qlora"} == set(POLYMORPHIC[group].names())
 
 
 def test_docs_are_current() -> None:

@@ -9,9 +9,14 @@ from dtune.registry import Registry
 
 if TYPE_CHECKING:
     from dtune.parallel.footprint import Footprint, Planned
+    from dtune.parallel.traffic import Collective
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
+
+
+AUTO = "auto"
+"""The option that chooses among the others where the ranks and their memory are known."""
 
 
 @dataclass
@@ -28,5 +33,14 @@ class ParallelConfig:
         """Bytes that the fullest rank holds, besides activations."""
         raise NotImplementedError(type(self))
 
+    def traffic(self, planned: Planned, *, micros: int) -> list[Collective]:
+        """What a rank sends in one optimizer step of so many micro batches."""
+        raise NotImplementedError(type(self))
+
 
 PARALLEL: Registry[ParallelConfig] = Registry("parallel", ParallelConfig, __name__)
+
+
+def engines() -> tuple[str, ...]:
+    """Options of the group that are an engine, and not a choice among them."""
+    return tuple(name for name in PARALLEL.names() if name != AUTO)

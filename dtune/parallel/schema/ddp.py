@@ -10,6 +10,7 @@ from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
     from dtune.parallel.footprint import Footprint, Planned
+    from dtune.parallel.traffic import Collective
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -45,4 +46,10 @@ class DdpConfig(ParallelConfig):
         """Bytes that the fullest rank holds, besides activations."""
         from dtune.parallel.footprint import of_replica
 
-        return of_replica(planned)
+        return of_replica(planned, in_buckets=True)
+
+    def traffic(self, planned: Planned, *, micros: int) -> list[Collective]:
+        """What a rank sends in one optimizer step of so many micro batches."""
+        from dtune.parallel.traffic import of_ddp
+
+        return of_ddp(planned, one_bucket=self.one_bucket_mib << 20)

@@ -10,6 +10,7 @@ from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
     from dtune.parallel.footprint import Footprint, Planned
+    from dtune.parallel.traffic import Collective
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -46,3 +47,10 @@ class FsdpConfig(ParallelConfig):
         from dtune.parallel.footprint import of_fsdp
 
         return of_fsdp(planned, shards=self.shard_size or planned.ranks, on_host=self.cpu_offload)
+
+    def traffic(self, planned: Planned, *, micros: int) -> list[Collective]:
+        """What a rank sends in one optimizer step of so many micro batches."""
+        from dtune.parallel.traffic import of_fsdp
+
+        shards = self.shard_size or planned.ranks
+        return of_fsdp(planned, shards=shards, reshards=self.reshard_after_forward, micros=micros)

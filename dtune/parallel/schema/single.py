@@ -9,6 +9,7 @@ from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
     from dtune.parallel.footprint import Footprint, Planned
+    from dtune.parallel.traffic import Collective
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -32,3 +33,7 @@ class SingleConfig(ParallelConfig):
         from dtune.parallel.footprint import of_replica
 
         return of_replica(planned)
+
+    def traffic(self, planned: Planned, *, micros: int) -> list[Collective]:
+        """What a rank sends in one optimizer step of so many micro batches."""
+        return []

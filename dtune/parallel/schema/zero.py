@@ -10,6 +10,7 @@ from dtune.parallel.schema import PARALLEL, ParallelConfig
 
 if TYPE_CHECKING:
     from dtune.parallel.footprint import Footprint, Planned
+    from dtune.parallel.traffic import Collective
     from dtune.runtime.schema import Precision
     from dtune.runtime.world import World
     from dtune.types import Engine
@@ -55,6 +56,13 @@ class ZeroConfig(ParallelConfig):
         return of_zero(
             planned, stage=self.stage, bucket=self.reduce_bucket_size, on_host=self.cpu_offload
         )
+
+    def traffic(self, planned: Planned, *, micros: int) -> list[Collective]:
+        """What a rank sends in one optimizer step of so many micro batches."""
+        from dtune.parallel.traffic import of_zero
+
+        kept = self.param_persistence_threshold
+        return of_zero(planned, stage=self.stage, persistent=kept, micros=micros)
 
 
 @PARALLEL.register

@@ -1,0 +1,1 @@
+"""Tokens per second and memory of each method, measured: ``dtune bench``."""

@@ -1,0 +1,192 @@
+"""Two files of results held against each other: slower, or larger, beyond the noise of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import hypot
+from statistics import median
+
+from dtune.bench.record import CaseResult, Measured
+from dtune.bench.table import Combined, combine
+
+MEMORY_NOISE = 0.01
+"""Least difference of memory that counts: allocators round, and runs are few."""
+
+STUDENT = dict(
+    zip(range(2, 12), (4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20), strict=True)
+)
+"""Degrees of freedom -> quantile of 97.5 % of Student's distribution; 2 above."""
+
+_ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number of one case, before and now."""
+
+    case: str
+    what: str
+    old: float
+    new: float
+    noise: float
+    """Share of the old number below which the two are the same."""
+    more_is_worse: bool
+
+    @property
+    def share(self) -> float:
+        """By which share of the old number it has grown."""
+        return self.new / self.old - 1
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is ``worse``, ``better`` or the ``same`` within the noise."""
+        if abs(self.share) <= self.noise:
+            return "same"
+        return "worse" if (self.share > 0) == self.more_is_worse else "better"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two files come to."""
+
+    changes: tuple[Change, ...]
+    lost: tuple[str, ...]
+    """Cases that gave numbers before and give none now, with the reason."""
+    only: tuple[str, ...]
+    """Cases that one of the files alone has."""
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether anything is worse than it was."""
+        return bool(self.lost) or any(change.verdict == "worse" for change in self.changes)
+
+    def lines(self) -> list[str]:
+        """As a table, the worse ones marked."""
+        rows = [
+            (
+                change.case,
+                change.what,
+                f"{change.old:,.4g}",
+                f"{change.new:,.4g}",
+                f"{change.share:+.1%}",
+                f"noise {change.noise:.1%}",
+                change.verdict.upper() if change.verdict == "worse" else change.verdict,
+            )
+            for change in self.changes
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        return [*(line.rstrip() for line in table), *self.lost, *self.only]
+
+
+def differences(old: Sequence[CaseResult], new: Sequence[CaseResult]) -> list[str]:
+    """What of machine, versions and work differs, so that the numbers cannot be held together."""
+    found: list[str] = []
+    for title in ("hardware", "versions"):
+        found += _differing(title, _facts_of(old, title), _facts_of(new, title))
+    before, now = _by_case(old), _by_case(new)
+    for key in before.keys() & now.keys():
+        one, other = before[key].results[0].settings, now[key].results[0].settings
+        found += _differing(before[key].case, one, other)
+    return found
+
+
+def _facts_of(results: Sequence[CaseResult], title: str) -> dict[str, str]:
+    """Facts of all results that ran; where they differ within the file, all of them."""
+    facts: dict[str, dict[str, None]] = {}
+    for result in results:
+        for name, value in vars(result.origin)[title].items():
+            facts.setdefault(name, {})[value] = None
+    return {name: " and ".join(values) for name, values in facts.items()}
+
+
+def _differing(title: str, one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    return [
+        f"{title}: {name}: {one.get(name, _ABSENT)} and {other.get(name, _ABSENT)}"
+        for name in dict.fromkeys([*one, *other])
+        if one.get(name, _ABSENT) != other.get(name, _ABSENT)
+    ]
+
+
+def _by_case(results: Sequence[CaseResult]) -> dict[tuple[str, str], Combined]:
+    return {(one.framework, one.case): one for one in combine(results)}
+
+
+def compare(old: Sequence[CaseResult], new: Sequence[CaseResult]) -> Comparison:
+    """Hold every case of both files against itself."""
+    before, now = _by_case(old), _by_case(new)
+    changes: list[Change] = []
+    lost: list[str] = []
+    for key, one in before.items():
+        if key not in now or not one.whole:
+            continue
+        other = now[key]
+        if not other.whole:
+            bad = next(result for result in other.results if result.measured is None)
+            lost.append(f"{one.case}: measured before, now {bad.status.value}: {bad.reason}")
+            continue
+        changes += _changes(one, other)
+    only = [f"only in {name}: {' '.join(key)}" for name, key in _unpaired(before, now)]
+    return Comparison(tuple(changes), tuple(lost), tuple(only))
+
+
+def _unpaired(
+    before: Mapping[tuple[str, str], object], now: Mapping[tuple[str, str], object]
+) -> list[tuple[str, tuple[str, str]]]:
+    return [
+        *(("OLD", key) for key in before if key not in now),
+        *(("NEW", key) for key in now if key not in before),
+    ]
+
+
+def _changes(one: Combined, other: Combined) -> list[Change]:
+    name = one.case
+    changes = [
+        Change(
+            name,
+            "tokens/s",
+            one.tokens_per_second,
+            other.tokens_per_second,
+            noise_of(one, other),
+            more_is_worse=False,
+        )
+    ]
+    for what, take in (("peak GiB", _peak), ("reserved GiB", _reserved)):
+        olds, news = ([take(each) for each in case.measured] for case in (one, other))
+        if None in olds or None in news:
+            continue
+        numbers = [value or 0 for value in olds], [value or 0 for value in news]
+        noise = MEMORY_NOISE + sum(map(_spread, numbers))
+        old, new = (median(values) / 2**30 for values in numbers)
+        changes.append(Change(name, what, old, new, noise, more_is_worse=True))
+    return changes
+
+
+def noise_of(old: Combined, new: Combined) -> float:
+    """Share by which step times must differ to be different.
+
+    Of several runs each: what their means differ by with 95 % probability if nothing changed
+    (Student's t), and no less than twice what the steps of a run leave uncertain. Of a single one:
+    the spread of its steps, which is more than their median is uncertain by.
+    """
+    counts = len(old.measured), len(new.measured)
+    if min(counts) == 1:
+        return old.spread + new.spread
+    freedom = sum(counts) - 2
+    error = hypot(old.spread / counts[0] ** 0.5, new.spread / counts[1] ** 0.5)
+    within = hypot(old.within, new.within)
+    return max(STUDENT.get(freedom, 2.0) * error, 2 * within)
+
+
+def _peak(one: Measured) -> int | None:
+    return one.peak_bytes
+
+
+def _reserved(one: Measured) -> int | None:
+    return one.peak_reserved_bytes
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Half of the distance between the extremes, as a share of the median."""
+    return (max(values) - min(values)) / 2 / median(values)

@@ -1,0 +1,111 @@
+"""``dtune bench``: tokens per second and memory of each method, measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtune.bench.cases import Case, plan_cases
+from dtune.bench.schema import BenchConfig
+from dtune.config.reference import describe_keys
+from dtune.errors import ConfigError
+
+USAGE = """dtune bench [settings] [-m]: tokens/s and memory of methods, each in its own process.
+
+  dtune bench model=tiny peft=lora
+  dtune bench model=llama3_8b precision=bf16 data.max_length=4096 peft=lora,qlora,full -m
+  dtune bench compare OLD NEW [--force]   exit code 1 where NEW is worse beyond the noise of both
+                                          (results.jsonl of two benches, or their folders)
+
+Settings are those of a run (dtune train --help), and:
+"""
+END = """
+Results are in bench.out: results.jsonl, table.md, plots. docs/bench.md says what they mean."""
+
+
+def run(argv: list[str]) -> int:
+    """Measure what the settings say, or compare two files of results."""
+    if argv[:1] == ["compare"]:
+        return compare_files(argv[1:])
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(help_text())
+        return 0
+    cases = plan_cases(argv)
+    if not cases:
+        return 0
+    return bench(cases, command=["dtune", "bench", *argv])
+
+
+def help_text() -> str:
+    """Usage, and the keys of ``bench`` with their meanings."""
+    rows = [
+        (f"{key.name}={key.default.strip('`')}", key.meaning)
+        for key in describe_keys(BenchConfig, "bench.")
+    ]
+    width = max(len(setting) for setting, _ in rows)
+    lines = [f"  {setting:<{width}}  {meaning}" for setting, meaning in rows]
+    return "\n".join([USAGE, *lines, END, ""])
+
+
+def bench(cases: Sequence[Case], *, command: Sequence[str]) -> int:
+    """Run the cases; write the table and the plots."""
+    from dtune.bench.record import Status
+    from dtune.bench.runner import RESULTS, exit_code_of, run_cases, say
+    from dtune.bench.table import markdown
+    from dtune.runtime.capabilities import how_to_install, is_installed
+
+    first = cases[0].bench
+    out = Path(first.out).expanduser().absolute()
+    if first.plots and not is_installed("matplotlib"):
+        raise ConfigError(
+            f"bench.plots=true needs matplotlib: {how_to_install('matplotlib')}; or set "
+            "bench.plots=false"
+        )
+    wanted = sum(case.bench.repeats for case in cases)
+    say(f"{len(cases)} cases, {wanted} runs, in {out}")
+    results = run_cases(cases, out, command)
+    if results:
+        table = markdown(results)
+        (out / "table.md").write_text(table, encoding="utf-8")
+        say(f"\n{table}\nresults: {out / RESULTS}, table: {out / 'table.md'}")
+    if first.plots and any(result.status is Status.ok for result in results):
+        from dtune.bench.plots import draw
+
+        for file in draw(results, out):
+            say(f"written: {file}")
+    return exit_code_of(results, wanted)
+
+
+def compare_files(argv: Sequence[str]) -> int:
+    """Print how NEW stands to OLD; 1 where it is worse, ConfigError where they are not alike."""
+    from dtune.bench.compare import compare, differences
+    from dtune.bench.record import read_jsonl
+
+    files = [argument for argument in argv if argument != "--force"]
+    if "-h" in argv or "--help" in argv:
+        sys.stdout.write(help_text())
+        return 0
+    if len(files) != 2 or any(name.startswith("-") for name in files):
+        raise ConfigError("dtune bench compare takes OLD and NEW, and --force")
+    old, new = (read_jsonl(_results_in(name)) for name in files)
+    differing = differences(old, new)
+    if differing and "--force" not in argv:
+        listed = "\n".join(f"  {one}" for one in differing)
+        raise ConfigError(
+            f"{files[0]} and {files[1]} are not of the same machine, versions and work:\n{listed}\n"
+            "--force compares them nevertheless"
+        )
+    for one in differing:
+        sys.stdout.write(f"differs: {one}\n")
+    comparison = compare(old, new)
+    if not comparison.changes and not comparison.lost:
+        raise ConfigError(f"{files[0]} and {files[1]} have no case in common that was measured")
+    sys.stdout.writelines(line + "\n" for line in comparison.lines())
+    return int(comparison.is_regression)
+
+
+def _results_in(name: str) -> Path:
+    """The file itself, or that of a bench's folder."""
+    path = Path(name).expanduser()
+    return path / "results.jsonl" if path.is_dir() else path

@@ -1,0 +1,312 @@
+"""What the fullest rank of a run holds, counted: for ``dtune plan``, and where memory runs out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dtune.build import BuiltModel
+from dtune.config.run import RunConfig
+from dtune.measure.memory import GIB
+from dtune.measure.passes import Passes
+from dtune.objectives.causal import causal_loss
+from dtune.optim.schema import OptimConfig, same_rate
+from dtune.parallel.base import COMPUTE_DTYPES
+from dtune.parallel.footprint import Footprint, Planned
+from dtune.parallel.schema import ParallelConfig
+from dtune.plan.trace import Regime, Tracer
+from dtune.quant.layout import CODES, PARTS
+from dtune.runtime.schema import Precision, Recompute
+from dtune.types import IGNORE_INDEX, Batch, ModelSpec
+
+LIBRARIES = 64 << 20
+"""Workspaces of cuBLAS, which torch allocates: 32 MiB on Hopper, for forward and for backward."""
+CONTEXT = 600 << 20
+"""The CUDA context with torch's kernels, outside of what torch allocates."""
+COLLECTIVES = 1 << 30
+"""Buffers of NCCL."""
+UNUSABLE = 0.05
+"""Of what is allocated, what more the allocator reserves in pieces that fit nothing."""
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """Everything that decides how much memory a rank takes, besides the model."""
+
+    parallel: ParallelConfig
+    optim: OptimConfig
+    precision: Precision
+    recompute: Recompute
+    offload: bool
+    ranks: int
+    accumulates: bool
+    device: torch.device
+    rate_factor: Callable[[str], float] = same_rate
+
+
+class Part(NamedTuple):
+    """Bytes of one thing that a rank holds: at least, probably, at most."""
+
+    name: str
+    low: int
+    likely: int
+    high: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank."""
+
+    held: Footprint
+    saved: Passes
+    accumulates: bool
+    """Whether gradients are there while the next forward runs."""
+    ranks: int
+    scales: float
+    """Of the frozen weights' bytes, the part that is scales of a quantised base."""
+    on_gpu: bool
+
+    @property
+    def always(self) -> int:
+        """On the device all the time, but gradients."""
+        held = self.held
+        own = held.frozen + held.masters + held.copies + held.optimizer
+        return 0 if held.on_host else own
+
+    @property
+    def gradients(self) -> int:
+        """On the device."""
+        return 0 if self.held.on_host else self.held.gradients
+
+    @property
+    def waiting(self) -> int:
+        """What the passes leave for backward."""
+        return self.saved.activations + self.saved.copies
+
+    @property
+    def device_bytes(self) -> int:
+        """All that is on the device at once, at the end of the forward pass."""
+        held = self.held
+        return self.always + self.gradients + held.gathered + held.buckets + self.waiting
+
+    @property
+    def workspace(self) -> int:
+        """What blocks, head and loss need while they run, beyond what waits for backward."""
+        return max(0, self.saved.peak - self.waiting)
+
+    @property
+    def freed(self) -> int:
+        """Of activations, what is gone before the last gradient is there.
+
+        Known where a rank has all gradients as they come; else it is little, and left out.
+        """
+        if self.accumulates or not self.held.autocasts:
+            return 0
+        peak = max(self.saved.peak_filling, self.gradients)
+        return max(0, self.gradients + max(self.saved.peak, self.waiting) - peak)
+
+    def parts(self) -> list[Part]:
+        """What takes how much; the sums of the columns are low, likely and high."""
+        held, saved = self.held, self.saved
+        here = 0 if held.on_host else 1
+        scales = round(held.frozen * self.scales)
+        before = self.gradients if self.accumulates else 0
+        least = max(before, self.gradients - self.waiting)
+        exact = [
+            ("frozen weights", here * (held.frozen - scales)),
+            ("quantisation scales", here * scales),
+            ("trained parameters", here * held.masters),
+            ("  in the compute dtype", here * held.copies),
+            ("optimizer state", here * held.optimizer),
+            ("saved activations", saved.activations - saved.logits),
+            ("saved logits", saved.logits),
+            ("  weights cast by autocast", saved.copies),
+        ]
+        at_most = [
+            ("gathered weights", held.gathered),
+            ("reduce buffers", held.buckets),
+            ("workspace of a block or the head", self.workspace),
+            ("  gone before all gradients are there", -self.freed),
+            ("workspaces of libraries", LIBRARIES if self.on_gpu else 0),
+        ]
+        parts = [
+            *(Part(name, size, size, size) for name, size in exact),
+            Part("gradients", least, self.gradients, self.gradients),
+            *(Part(name, 0, size, size) for name, size in at_most),
+        ]
+        if self.on_gpu:
+            allocated = sum(part.likely for part in parts)
+            context = CONTEXT + (COLLECTIVES if self.ranks > 1 else 0)
+            parts.append(Part("CUDA context, NCCL", 0, 0, context))
+            parts.append(Part("unusable pieces", 0, 0, math.ceil(allocated * UNUSABLE)))
+        return [part for part in parts if part.high or part.likely or part.low]
+
+    @property
+    def low(self) -> int:
+        """What is the run's own, and alive at once."""
+        return sum(part.low for part in self.parts())
+
+    @property
+    def likely(self) -> int:
+        """The peak of what torch allocates."""
+        return sum(part.likely for part in self.parts())
+
+    @property
+    def high(self) -> int:
+        """What the device should have."""
+        return sum(part.high for part in self.parts())
+
+    @property
+    def host_bytes(self) -> int:
+        """In host memory: what is offloaded."""
+        held = self.held
+        own = held.frozen + held.masters + held.copies + held.gradients + held.optimizer
+        return self.saved.offloaded + (own if held.on_host else 0)
+
+    def rows(self) -> list[str]:
+        """The parts as a table, as ``dtune plan`` prints it."""
+        total = Part("total on the device", self.low, self.likely, self.high)
+        shown = [*self.parts(), total]
+        width = max(len(part.name) for part in shown)
+        head = f"{'GiB':<{width}}  {'low':>10}{'likely':>10}{'high':>10}{'likely, bytes':>20}"
+        return [head, *(_row(part, width) for part in shown), *self._of_host()]
+
+    def _of_host(self) -> list[str]:
+        if not self.host_bytes:
+            return []
+        return [f"in host memory: {self.host_bytes / GIB:.3f} GiB, {self.host_bytes:,} bytes"]
+
+
+def _row(part: Part, width: int) -> str:
+    sizes = "".join(f"{size / GIB:10.3f}" for size in part[1:])
+    return f"{part.name:<{width}}  {sizes}{part.likely:>20,}"
+
+
+def plan_memory(
+    model: nn.Module,
+    spec: ModelSpec,
+    request: MemoryRequest,
+    batch: Batch,
+    loss: Callable[[nn.Module, Batch], torch.Tensor],
+    *,
+    tracer: Tracer | None = None,
+) -> MemoryPlan:
+    """Count the memory of a model on the meta device, which is of no other use afterwards.
+
+    Args:
+        model: With its method in place.
+        spec: Facts about it.
+        request: How it is trained.
+        batch: One micro batch, on the CPU.
+        loss: Forward and loss.
+        tracer: Of the model, where it has been counted before.
+    """
+    held = plan_held(model, spec, request)
+    tracer = tracer or Tracer(model, spec, request.device)
+    saved = tracer.count(batch, loss, regime_of(request, held))
+    return MemoryPlan(
+        held,
+        saved,
+        accumulates=request.accumulates or held.gradients_stay,
+        ranks=request.ranks,
+        scales=share_of_scales(model),
+        on_gpu=request.device.type == "cuda",
+    )
+
+
+def regime_of(request: MemoryRequest, held: Footprint) -> Regime:
+    """What of a request changes the passes."""
+    compute = COMPUTE_DTYPES[request.precision]
+    return Regime(request.recompute, request.offload, compute, held.autocasts)
+
+
+def share_of_scales(model: nn.Module) -> float:
+    """Of the bytes of frozen parameters, the part that is scales of quantised weights."""
+    scales = total = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        size, leaf = parameter.numel() * parameter.itemsize, name.rpartition(".")[2]
+        total += size
+        scales += size if leaf in PARTS and leaf != CODES else 0
+    return scales / total if total else 0.0
+
+
+def planned_of(model: nn.Module, spec: ModelSpec, request: MemoryRequest) -> Planned:
+    """What engines need to know to say what they hold and send; leaves the model as it is."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return Planned(
+        model,
+        spec,
+        request.optim.build(trained, rate_factor=request.rate_factor),
+        request.optim.state_of,
+        request.precision,
+        request.ranks,
+        request.accumulates,
+    )
+
+
+def plan_held(model: nn.Module, spec: ModelSpec, request: MemoryRequest) -> Footprint:
+    """Count what a rank holds besides activations; leaves the model as it is."""
+    return request.parallel.footprint(planned_of(model, spec, request))
+
+
+def request_of(
+    run: RunConfig, built: BuiltModel, ranks: int, *, accumulates: bool
+) -> MemoryRequest:
+    """What decides the memory of a composed run."""
+    return MemoryRequest(
+        run.parallel,
+        run.optim,
+        run.precision.name,
+        run.train.recompute,
+        run.train.offload_activations,
+        ranks,
+        accumulates,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        built.method.rate_factor,
+    )
+
+
+def full_batch(rows: int, width: int, *, documents: int = 2) -> Batch:
+    """A micro batch of packed rows of so many documents, trained on all that can be predicted."""
+    length = -(-width // documents)
+    places = torch.arange(width)
+    position_ids = (places % length).expand(rows, width)
+    labels = torch.where(position_ids == 0, IGNORE_INDEX, 0)
+    return Batch(
+        input_ids=torch.zeros((rows, width), dtype=torch.long),
+        labels=labels,
+        position_ids=position_ids,
+        document_ids=(places // length).expand(rows, width),
+        attention_mask=None,
+        rows=((),) * rows,
+        num_tokens=rows * width,
+        num_targets=int((labels != IGNORE_INDEX).sum()),
+    )
+
+
+def as_whole_rows(batch: Batch) -> Batch:
+    """The same tokens and targets, each row as one document without padding.
+
+    What torch's causal attention then keeps is what kernels for GPUs keep of any documents, which
+    take no masks.
+    """
+    places = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape)
+    return replace(
+        batch,
+        position_ids=places,
+        document_ids=torch.zeros_like(places),
+        attention_mask=None,
+        num_documents=len(places),
+    )
+
+
+def plain_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Loss of next tokens; its memory is that of every objective."""
+    return causal_loss(model, batch).total

@@ -1,0 +1,217 @@
+"""The plan of a run: memory by part, work, traffic and times of one rank, without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+from dtune.build import BuiltModel, build_trained_model
+from dtune.config.run import RunConfig
+from dtune.config.support import accumulation_steps
+from dtune.errors import ConfigError
+from dtune.measure.cards import Card
+from dtune.measure.operations import Operation
+from dtune.models.load import locate
+from dtune.models.schema import Attention, ModelConfig
+from dtune.parallel.footprint import MASTER
+from dtune.plan.memory import (
+    MemoryPlan,
+    MemoryRequest,
+    as_whole_rows,
+    full_batch,
+    plain_loss,
+    plan_memory,
+    planned_of,
+    request_of,
+)
+from dtune.plan.times import Sent, Times, predict, send
+from dtune.plan.trace import Tracer
+from dtune.resources import resolve_path
+from dtune.runtime.schema import Precision
+from dtune.train.speed import flops_model
+from dtune.types import Batch
+
+
+class UncountableError(ConfigError):
+    """The passes of a model depend on values."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What one optimizer step takes of the fullest rank."""
+
+    memory: MemoryPlan
+    ranks: int
+    micros: int
+    """Micro batches of a step on one rank."""
+    slots: int
+    """Positions of a step over all ranks, padding included."""
+    operations: Mapping[Operation, int]
+    """Of one micro batch."""
+    model_flops: float
+    """FLOPs a token by the formula of MFU: recomputation is not counted."""
+    sent: tuple[Sent, ...]
+    card: Card | None
+    times: Times | None
+    """None without a card."""
+
+    @property
+    def flops(self) -> int:
+        """Of a step on one rank, with what is computed again."""
+        return self.micros * sum(one.flops * n for one, n in self.operations.items())
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the passes of a step read and write at least on one rank."""
+        return self.micros * sum(one.moved * n for one, n in self.operations.items())
+
+    @property
+    def slots_per_second(self) -> float | None:
+        """Predicted over all ranks, padding included; None without a card."""
+        return None if self.times is None else self.slots / self.times.step
+
+    @property
+    def mfu(self) -> float | None:
+        """Predicted share of the cards' peak; None without a card."""
+        if self.card is None or self.slots_per_second is None:
+            return None
+        peak = self.ranks * self.card.half_flops
+        return self.slots_per_second * self.model_flops / peak
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the high estimate is within the card's memory; None without a card."""
+        return None if self.card is None else self.memory.high <= self.card.memory
+
+
+class Planner:
+    """Plans one model under many settings; building and emptying it happens once.
+
+    Settings may differ in engine, recomputation, offloading and sizes of batches, and in nothing
+    else.
+    """
+
+    def __init__(self, run: RunConfig, ranks: int, card: Card | None, *, per_node: int = 8) -> None:
+        self.run, self.ranks, self.card = run, ranks, card
+        self.built = build_planned(run)
+        self._per_node = per_node
+        first = self.request(run)
+        self._tracer = Tracer(self.built.model, self.built.spec, first.device)
+        # Planned for a GPU that is not here, whose attention would take no masks.
+        self._unmasked = (
+            card is not None
+            and first.device.type == "cpu"
+            and run.model.attention is Attention.auto
+            and run.precision.name is not Precision.fp32
+            and self.built.model.config._attn_implementation == "sdpa"
+        )
+
+    def limit(self) -> float:
+        """Bytes that a rank may take; ConfigError where nothing says how many."""
+        if self.card is None:
+            raise ConfigError(
+                "find= and auto look for what fits a card, and none is named and none is here; "
+                "name it: card=h200 (docs/plan.md has the others)"
+            )
+        return self.card.memory
+
+    def with_rows(self, run: RunConfig, rows: int) -> RunConfig:
+        """Settings with a micro batch of so many rows, and a step of as many micro batches."""
+        micros = accumulation_steps(run, self.ranks)
+        train = replace(
+            run.train, micro_batch_size=rows, global_batch_size=rows * micros * self.ranks
+        )
+        return replace(run, train=train)
+
+    def request(self, run: RunConfig) -> MemoryRequest:
+        """What decides the memory of settings."""
+        accumulates = accumulation_steps(run, self.ranks) > 1
+        return request_of(run, self.built, self.ranks, accumulates=accumulates)
+
+    def batch(self, run: RunConfig) -> Batch:
+        """A micro batch of settings in which every token is trained on."""
+        return full_batch(run.train.micro_batch_size, run.data.max_length)
+
+    def memory(self, run: RunConfig, batch: Batch | None = None) -> MemoryPlan:
+        """Memory under settings; without a batch every token of a full one is trained on."""
+        used = batch or self.batch(run)
+        if self._unmasked:
+            used = as_whole_rows(used)
+        model, spec = self.built.model, self.built.spec
+        try:
+            plan = plan_memory(
+                model, spec, self.request(run), used, plain_loss, tracer=self._tracer
+            )
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UncountableError(
+                f"{spec.family} ({spec.path}) decides by values what it computes, and cannot be "
+                f"planned without them ({error})"
+            ) from error
+        return replace(plan, on_gpu=plan.on_gpu or self.card is not None)
+
+    def plan(
+        self, run: RunConfig, batch: Batch | None = None, *, mean_length: float | None = None
+    ) -> RunPlan:
+        """Everything under settings. ``mean_length`` of documents, weighted by tokens."""
+        memory = self.memory(run, batch)
+        planned = planned_of(self.built.model, self.built.spec, self.request(run))
+        micros = accumulation_steps(run, self.ranks)
+        collectives = run.parallel.traffic(planned, micros=micros)
+        sent = tuple(send(one, self.card, per_node=self._per_node) for one in collectives)
+        width = run.data.max_length if batch is None else batch.input_ids.shape[1]
+        flops = flops_model(self.built.matrices, self.built.spec)
+        times = None
+        if self.card is not None:
+            times = predict(
+                memory.saved.operations,
+                card=self.card,
+                micros=micros,
+                trained=memory.held.masters // MASTER,
+                sent=sent,
+                to_host=micros * memory.saved.offloaded + _of_offloaded_state(memory),
+            )
+        return RunPlan(
+            memory=memory,
+            ranks=self.ranks,
+            micros=micros,
+            slots=run.train.global_batch_size * width,
+            operations=memory.saved.operations,
+            model_flops=flops.per_token(width if mean_length is None else mean_length),
+            sent=sent,
+            card=self.card,
+            times=times,
+        )
+
+
+def _of_offloaded_state(memory: MemoryPlan) -> int:
+    """Bytes that cross to the host in a step where it has parameters and gradients."""
+    held = memory.held
+    return held.frozen + held.masters + held.gradients if held.on_host else 0
+
+
+def plan_run(run: RunConfig, world_size: int, card: Card | None) -> RunPlan:
+    """Plan a composed run on so many ranks, with full batches."""
+    return Planner(run, world_size, card).plan(run)
+
+
+def build_planned(run: RunConfig) -> BuiltModel:
+    """The run's model on the meta device with its method in place."""
+    return build_trained_model(replace(run, model=reachable(run.model)), load=False)
+
+
+def reachable(model: ModelConfig) -> ModelConfig:
+    """The model itself, or its architecture as embedded where the Hub is out of reach."""
+    try:
+        locate(model.path, key="model.path", revision=model.revision)
+    except ConfigError:
+        folder = Path(resolve_path("dtune://architectures")) / model.path.replace("/", "--")
+        if not folder.is_dir():
+            raise
+        return replace(model, path=str(folder))
+    return model

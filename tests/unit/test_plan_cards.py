@@ -1,0 +1,93 @@
+"""The table of cards, and rates that a user gives."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtune.config.planning import PlanSettings
+from dtune.errors import ConfigError
+from dtune.measure.cards import CARDS, card_of_device
+from dtune.plan.cards import choose_card, find_card
+
+RATES = {"tflops": 400.0, "memory_gb": 64.0, "bandwidth_tb": 1.6}
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_card_has_rates_and_says_where_they_are_from(card) -> None:
+    assert find_card(card.name) is card
+    assert find_card(card.name.upper()) is card
+    assert "data sheet" in card.source or "whitepaper" in card.source
+    assert card.half_flops > card.single_flops
+    assert card.fp8_flops is None or card.fp8_flops > card.half_flops
+    assert 1e10 < card.memory < 1e12
+    assert card.bandwidth > card.link > card.network
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100_pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100_40gb"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+    ],
+)
+def test_a_device_is_the_card_of_its_name(device: str, name: str) -> None:
+    card = card_of_device(device)
+    assert card is not None
+    assert card.name == name
+
+
+def test_a_device_that_is_not_in_the_table_is_no_card() -> None:
+    assert card_of_device("Some Other GPU") is None
+
+
+def test_an_unknown_card_says_how_its_rates_are_given() -> None:
+    with pytest.raises(ConfigError, match=r"card=h300 is not in the table.*card=h200") as error:
+        choose_card(PlanSettings(card="h300"), 1)
+    assert all(f"{key}=" in str(error.value) for key in (*RATES, "link_gb", "network_gb"))
+
+
+def test_an_unknown_card_with_its_rates_is_taken_as_given() -> None:
+    card = choose_card(PlanSettings(card="h300", **RATES), 1)
+    assert card is not None
+    assert (card.name, card.source) == ("h300", "as given")
+    assert (card.half_flops, card.memory, card.bandwidth) == (400e12, 64e9, 1.6e12)
+
+
+def test_an_unknown_card_needs_links_where_there_are_several() -> None:
+    with pytest.raises(ConfigError, match="link_gb, network_gb are missing"):
+        choose_card(PlanSettings(card="h300", **RATES), 2)
+    card = choose_card(PlanSettings(card="h300", **RATES, link_gb=100, network_gb=10), 2)
+    assert card is not None
+    assert (card.link, card.network) == (100e9, 10e9)
+
+
+def test_a_rate_that_is_given_takes_the_place_of_the_tables() -> None:
+    card = choose_card(PlanSettings(card="h200", tflops=790), 1)
+    assert card is not None
+    assert card.half_flops == 790e12
+    assert card.bandwidth == find_card("h200").bandwidth
+    assert card.source.endswith("as given: half_flops")
+
+
+def test_no_card_is_predicted_for_where_none_is() -> None:
+    assert choose_card(PlanSettings(card="none"), 1) is None
+    assert choose_card(PlanSettings(), 1) is None
+
+
+def test_a_rate_of_no_card_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tflops is a rate of a card.*card=NAME"):
+        choose_card(PlanSettings(tflops=100), 1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"gpus": -1}, {"gpus_per_node": 0}, {"tflops": -1.0}, {"card": ""}]
+)
+def test_wrong_settings_are_refused_by_their_key(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
+        PlanSettings(**wrong)
