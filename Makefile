@@ -6,6 +6,7 @@
 #   make move     every engine and number of processes gone on with by every other: docs/moving.md
 #   make soak     kill, stop, fill and flip for 20 minutes; nothing may be lost
 #   make gpu      the checks that need a GPU       make pin     write constraints.txt anew
+#   make gpu-speed  training speed and memory on a GPU, beside the plan and beside peers
 #   make slurm    install SLURM for its tests (Debian or Ubuntu, as root)
 #   make clean    remove what make made
 # Arguments go in ARGS: make train ARGS="peft=full seed=1", make test ARGS="-k resume".
@@ -25,7 +26,7 @@ PINNED := pyproject.toml constraints.txt
 # Processes of the suite; each test that starts ranks starts two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test quick matrix soak move check gpu slurm docs pin clean
+.PHONY: train test quick matrix soak move check gpu gpu-speed slurm docs pin clean
 
 train: $(VENV)/.installed
 	@$(BIN)/dtune train experiment=quickstart $(ARGS)
@@ -49,7 +50,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/shellcheck .ci/run slurm/*.sbatch benchmarks/*.sh
+	$(BIN)/shellcheck -x .ci/run slurm/*.sbatch benchmarks/*.sh
 	$(BIN)/python -m pytest -q tests/unit/test_budgets.py
 
 # Random faults for so many minutes: ARGS="minutes=60 seed=3 out=FILE.json"; tests/soak/run.py has all.
@@ -59,6 +60,9 @@ soak: $(VENV)/.installed-dev
 # On a machine with an NVIDIA GPU: everything that waits for one, and a table.
 gpu:
 	@bash benchmarks/gpu_checks.sh $(ARGS)
+
+gpu-speed:
+	@bash benchmarks/gpu_speed.sh $(ARGS)
 
 # The tests start daemons of their own; those of the packages are not started in a container. With
 # iproute2 tests make hosts of network namespaces.
@@ -76,11 +80,19 @@ slurm:
 
 docs: $(VENV)/.installed-dev
 	@$(BIN)/python -m dtune.config.reference docs/config.md README.md
+	$(BIN)/python -m dtune.bench.pages README.md docs/bench.md
+	$(BIN)/python -m benchmarks.peers.table docs/peers.md
 
+# Pins of extras that are not installed here, and that pyproject.toml names, stay as they are.
 pin: $(VENV)/.installed-dev
-	@{ grep '^#' constraints.txt
-	  $(PIP) freeze --all --exclude-editable --exclude pip | sed 's/^\(torch==[0-9.]*\).*/\1/'; } > $(VENV)/pins
-	mv $(VENV)/pins constraints.txt
+	@$(PIP) freeze --all --exclude-editable --exclude pip | sed 's/^\(torch==[0-9.]*\).*/\1/' > $(VENV)/pins
+	grep -v '^#' constraints.txt | while read -r pin; do
+	  name=$${pin%%==*}
+	  grep -qi "^$$name==" $(VENV)/pins || ! grep -qi "\"$$name[]>=<;~! \"]" pyproject.toml || echo "$$pin"
+	done > $(VENV)/kept
+	{ grep '^#' constraints.txt; cat $(VENV)/pins $(VENV)/kept | LC_ALL=C sort -f; } > $(VENV)/pinned
+	mv $(VENV)/pinned constraints.txt
+	rm $(VENV)/pins $(VENV)/kept
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

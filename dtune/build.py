@@ -18,6 +18,7 @@ from dtune.data.loader import Loader
 from dtune.data.prompts import Prompt, read_prompts
 from dtune.data.tokenize import prepare_dataset
 from dtune.evaluate.heldout import HeldOut
+from dtune.models.attention import attention_in_words
 from dtune.models.load import build_model, open_weights, quantized_by_files
 from dtune.models.sources import ChainedSource, RenamedSource
 from dtune.objectives.fingerprint import objective_fingerprint
@@ -92,7 +93,8 @@ def build_trained_model(
     where it will compute; without one the patches are those of a device that can run them all.
     """
     kernels = choose_patches(run.kernels, device)
-    model, spec = build_model(run.model, dtype=STORAGE[run.precision.name])
+    dtype = STORAGE[run.precision.name]
+    model, spec = build_model(run.model, dtype=dtype)
     stored = open_weights(run.model, model, spec, seed=run.seed) if load else None
     if stored is not None:
         spec = quantized_by_files(stored, spec)
@@ -105,7 +107,8 @@ def build_trained_model(
     frozen = {n: tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
     matrices = count_matrices(model)
     quant = with_stored_floats(run.quant, spec)
-    quantizer = quant.build(device or torch.device("cpu"))
+    where = device or torch.device("cpu")
+    quantizer = quant.build(where)
     quantized = quantizer.quantize(model, spec, method.stored_name)
     check_stored_linears(model, spec, method.stored_name)
     required = run.kernels.name is not Backend.auto
@@ -116,6 +119,7 @@ def build_trained_model(
         f"{report.trainable:,}",
         f"{report.total:,}",
     )
+    log.info("attention: %s", attention_in_words(model, where, dtype))
     for name, count in quantized.items():
         log.info("quant=%s: %d x %s", run.quant.name, count, name)
     for row in patches:
@@ -147,7 +151,7 @@ def weights_of(built: BuiltModel, *, seed: int, start: Path | None) -> Weights:
 def prepare_engine(
     engine: Engine, built: BuiltModel, run: RunConfig, weights: Weights, total_steps: int
 ) -> None:
-    """Recompute -> compile -> shard -> load -> optimizer."""
+    """Recompute -> compile -> shard -> load -> optimizer -> what is kept dequantised."""
     engine.prepare(
         built.model,
         built.spec,
@@ -158,6 +162,7 @@ def prepare_engine(
         compile_blocks=run.train.compile,
         offload=run.train.offload_activations,
     )
+    built.quantizer.cache(built.model, STORAGE[run.precision.name])
 
 
 @dataclass(frozen=True)

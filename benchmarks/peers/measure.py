@@ -25,8 +25,6 @@ NOT_HAD = "no ceiling, plan, launches and energy: `dtune bench` measures them, o
 def run_entry(entry: Entry, contestant: Contestant) -> CaseResult:
     """Measure one contestant; whatever goes wrong is its result."""
     torch.set_num_threads(entry.work.threads)
-    if problem := contestant.problem(entry.work):
-        return result_of(entry, contestant, Status.refused, reason=problem)
     watch = Watch(entry.work)
     try:
         contestant.run(entry.work, entry.setting, watch)
@@ -77,7 +75,7 @@ def result_of(
         notes = (f"{computed:.4f} s of CPU time in a step (median)", NOT_HAD)
     return CaseResult(
         framework=entry.peer,
-        case=entry.setting.name,
+        case=entry.case,
         settings=entry.settings(),
         status=status,
         origin=origin(entry.work, contestant.PACKAGES),

@@ -12,6 +12,7 @@ has all settings. Exit code: 0, 1 if dtune itself has no number, 2 for a wrong s
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.contestants import find
+from benchmarks.peers.contestants import Contestant, find
 from benchmarks.peers.inputs import make_inputs
-from benchmarks.peers.measure import origin
+from benchmarks.peers.measure import result_of
 from benchmarks.peers.options import Options, parse, split
 from benchmarks.peers.table import markdown
 from benchmarks.peers.work import Entry, Work
@@ -89,9 +90,13 @@ def one_round(
     done: list[CaseResult] = []
     for setting in options.chosen_settings:
         for name in options.contestants:
-            if setting not in find(name).settings(work):
+            contestant, entry = find(name), Entry(name, setting, work)
+            if setting not in contestant.settings(work):
                 continue
-            result = run_process(Entry(name, setting, work), minutes=options.minutes)
+            if problem := contestant.problem(work):
+                result = result_of(entry, contestant, Status.refused, reason=problem)
+            else:
+                result = run_process(entry, contestant, minutes=options.minutes)
             origin_here = replace(result.origin, command=tuple(command))
             result = replace(result, repeat=number, origin=origin_here)
             result = same_work(result, [*before, *done])
@@ -100,7 +105,7 @@ def one_round(
     return done
 
 
-def run_process(entry: Entry, *, minutes: float) -> CaseResult:
+def run_process(entry: Entry, contestant: Contestant, *, minutes: float) -> CaseResult:
     """Run one entry in a fresh process; what ends that process is its result."""
     folder = Path(entry.work.folder)
     entry_file, result_file, log = (folder / f"run.{end}" for end in ("json", "result", "log"))
@@ -119,12 +124,17 @@ def run_process(entry: Entry, *, minutes: float) -> CaseResult:
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            return failed(entry, f"given up after {minutes:g} minutes (minutes=)")
+            reason = f"given up after {minutes:g} minutes (minutes=)"
+            return result_of(entry, contestant, Status.failed, reason=reason)
     if result_file.is_file():
         return from_json(result_file.read_text(encoding="utf-8"))
+    if code == -signal.SIGKILL:
+        reason = "killed by SIGKILL, as Linux does where the host's memory is used up"
+        return result_of(entry, contestant, Status.oom, reason=reason)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = lines[-1] if lines else "nothing"
-    return failed(entry, f"its process ended with {code}, and said last: {said}")
+    reason = f"its process ended with {code}, and said last: {said}"
+    return result_of(entry, contestant, Status.failed, reason=reason)
 
 
 def environment(work: Work) -> dict[str, str]:
@@ -138,18 +148,6 @@ def environment(work: Work) -> dict[str, str]:
         "OMP_NUM_THREADS": str(work.threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def failed(entry: Entry, reason: str) -> CaseResult:
-    """The line of a run that has left none itself."""
-    return CaseResult(
-        framework=entry.peer,
-        case=entry.setting.name,
-        settings=entry.settings(),
-        status=Status.failed,
-        origin=origin(entry.work, find(entry.peer).PACKAGES),
-        reason=reason,
-    )
 
 
 def same_work(result: CaseResult, before: Sequence[CaseResult]) -> CaseResult:
@@ -182,8 +180,7 @@ def describe(result: CaseResult) -> str:
     said = f"no number: {result.reason}"
     if measured is not None:
         said = f"{1e3 * measured.median_seconds:.1f} ms a step"
-    model = result.settings["model"]
-    return f"{model} round {result.repeat + 1} {result.case:<10} {result.framework:<10} {said}"
+    return f"round {result.repeat + 1} {result.case:<20} {result.framework:<10} {said}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The table of a file of results: ``python -m benchmarks.peers.table FILE``."""
+"""The table of a file of results: ``python -m benchmarks.peers.table FILE.jsonl``.
+
+``python -m benchmarks.peers.table PAGE.md`` writes the tables of a page anew, which stand between
+``<!-- peers: FILE.jsonl -->`` and ``<!-- end of peers -->``.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ from pathlib import Path
 
 from benchmarks.peers.contestants import MODULES, find
 from benchmarks.peers.options import SETTINGS
+from dtune.bench.pages import rewrite
 from dtune.bench.record import CaseResult, Measured, quantile, read_jsonl
+from dtune.errors import ConfigError
 
 MIB = 1024**2
+MARK = "peers"
 _OF_SETTING = ("recompute", "best")
 _HEAD = (
     "| setting | who | step ms (p10 to p90) | between rounds | tokens/s | peak MiB | loss "
@@ -53,11 +60,21 @@ class Row:
         return max(run.peak_bytes or 0 for run in self.runs)
 
 
+def setting_of(result: CaseResult) -> str:
+    """Name of the setting that a run had."""
+    (name,) = (
+        name
+        for name, setting in SETTINGS.items()
+        if all(result.settings[key] == vars(setting)[key] for key in _OF_SETTING)
+    )
+    return name
+
+
 def rows_of(results: Iterable[CaseResult]) -> list[Row]:
     """Rows of one work, in the order of settings and contestants."""
     groups: dict[tuple[str, str], list[CaseResult]] = {}
     for result in results:
-        groups.setdefault((result.case, result.framework), []).append(result)
+        groups.setdefault((setting_of(result), result.framework), []).append(result)
     order = sorted(
         groups, key=lambda key: (list(SETTINGS).index(key[0]), list(MODULES).index(key[1]))
     )
@@ -88,7 +105,7 @@ def _section(results: Sequence[CaseResult]) -> Iterator[str]:
     yield (
         f"{s['device']}, {s['precision']}, LoRA of rank {s['rank']} on all linears, "
         f"{s['accumulation']} x {s['micro_batch']} packed rows of {s['length']} tokens "
-        f"({s['documents']} documents each), AdamW, {s['threads']} threads, "
+        f"({s['documents']} documents each), AdamW, threads: {s['threads']}, "
         f"{s['timed_steps']} timed steps after {s['warmup_steps']} a run."
     )
     yield ""
@@ -145,8 +162,16 @@ def _origin(results: Sequence[CaseResult]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table of a file."""
-    print(markdown(read_jsonl(Path(argv[0]))))
+    """Print the tables of files of results, and write those of pages anew; the exit code."""
+    try:
+        for name in argv:
+            if name.endswith(".md"):
+                rewrite(Path(name), MARK, markdown)
+            else:
+                print(markdown(read_jsonl(Path(name))))
+    except ConfigError as error:
+        sys.stderr.write(f"peers: {error}\n")
+        return 2
     return 0
 
 

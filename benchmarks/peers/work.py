@@ -96,6 +96,11 @@ class Entry:
     setting: Setting
     work: Work
 
+    @property
+    def case(self) -> str:
+        """Its name among the results of one contestant."""
+        return f"{self.work.model} {self.setting.name}"
+
     def settings(self) -> dict[str, str | int | float | bool]:
         """Everything that decides the work; where its files lie does not."""
         work = {key: value for key, value in asdict(self.work).items() if key != "folder"}

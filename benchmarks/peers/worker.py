@@ -16,9 +16,8 @@ def main(argv: Sequence[str]) -> int:
     entry_file, result_file = map(Path, argv)
     entry = read_entry(entry_file)
     contestant = find(entry.peer)
-    if not contestant.problem(entry.work):
-        for module in contestant.FIRST:
-            importlib.import_module(module)
+    for module in contestant.FIRST:
+        importlib.import_module(module)
     # After what must come before transformers.
     from benchmarks.peers.measure import run_entry
     from dtune.bench.record import to_json

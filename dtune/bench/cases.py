@@ -38,10 +38,8 @@ class Case:
 
     label: str
     """``peft=`` and what else differs between the cases."""
-    method: str
-    """The option of ``peft=``."""
     text: str
-    """Frozen config."""
+    """Frozen config, with the learning rate of the method."""
     run: RunConfig
     bench: BenchConfig
     nproc: int
@@ -49,10 +47,7 @@ class Case:
 
     def text_in(self, folder: Path, changes: Mapping[str, Any] | None = None) -> str:
         """The frozen config with ``folder`` as the run's, and further keys changed."""
-        config = OmegaConf.create(self.text)
-        for key, value in {"run_dir": str(folder), **(changes or {})}.items():
-            OmegaConf.update(config, key, value)
-        return OmegaConf.to_yaml(config)
+        return _changed(self.text, {"run_dir": str(folder), **(changes or {})})
 
 
 def plan_cases(argv: Sequence[str]) -> list[Case]:
@@ -64,6 +59,9 @@ def plan_cases(argv: Sequence[str]) -> list[Case]:
     _check_keys(argv)
     settings = _with_out(_multirun_last(argv))
     composed = compose_each("bench", settings, root=BenchedRun, section="bench")
+    _check_rates(composed)
+    if len({one.own.out for one in composed}) > 1:
+        raise ConfigError("bench.out is the folder of all cases: it takes one value")
     labels = label_cases([_named(one) for one in composed])
     return [_case(one, label) for one, label in zip(composed, labels, strict=True)]
 
@@ -76,6 +74,15 @@ def _check_keys(argv: Sequence[str]) -> None:
         own = ".".join(key.split(".")[:2])
         if key.startswith("bench.") and own not in known:
             raise ConfigError(f"unknown key {key}{did_you_mean(near_options(key, known))}")
+
+
+def _check_rates(composed: Sequence[Composed]) -> None:
+    """ConfigError for the rate of a method that no case has."""
+    methods = list(dict.fromkeys(one.choices["peft"] for one in composed))
+    for method in dict.fromkeys(method for one in composed for method in one.own.rates):
+        if method not in methods:
+            near = did_you_mean(near_options(method, methods))
+            raise ConfigError(f"bench.rates.{method}: no case has peft={method}{near}")
 
 
 def _with_out(argv: list[str]) -> list[str]:
@@ -107,8 +114,11 @@ def label_cases(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _case(one: Composed, label: str) -> Case:
-    run, bench = load_frozen(one.text), one.own
+    bench, method = one.own, one.choices["peft"]
     assert isinstance(bench, BenchConfig)
+    rate = {"optim.lr": bench.rates[method]} if method in bench.rates else {}
+    text = _changed(one.text, rate)
+    run = load_frozen(text)
     try:
         if run.launch.num_nodes > 1 or run.launch.gpus_of_node is not None:
             raise ConfigError(
@@ -121,7 +131,15 @@ def _case(one: Composed, label: str) -> Case:
     except ConfigError as error:
         raise ConfigError(f"case {label}: {error}") from error
     settings = {**settings_of(run, bench), "ranks": nproc}
-    return Case(label, one.choices["peft"], one.text, run, bench, nproc, settings)
+    return Case(label, text, run, bench, nproc, settings)
+
+
+def _changed(text: str, changes: Mapping[str, Any]) -> str:
+    """A frozen config with some keys changed."""
+    config = OmegaConf.create(text)
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value)
+    return OmegaConf.to_yaml(config)
 
 
 def _check_bench(run: RunConfig, bench: BenchConfig) -> None:

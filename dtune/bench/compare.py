@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot
 from statistics import median
@@ -84,12 +84,24 @@ def differences(old: Sequence[CaseResult], new: Sequence[CaseResult]) -> list[st
     """What of machine, versions and work differs, so that the numbers cannot be held together."""
     found: list[str] = []
     for title in ("hardware", "versions"):
-        found += _differing(title, _facts_of(old, title), _facts_of(new, title))
+        one, other = _facts_of(old, title), _facts_of(new, title)
+        # Of cases whose processes all died at once nothing is known.
+        found += _differing(title, one, other) if one and other else []
     before, now = _by_case(old), _by_case(new)
-    for key in before.keys() & now.keys():
-        one, other = before[key].results[0].settings, now[key].results[0].settings
-        found += _differing(before[key].case, one, other)
+    for key, case in before.items():
+        if key in now:
+            found += _differing(case.case, case.results[0].settings, now[key].results[0].settings)
     return found
+
+
+def commits(old: Sequence[CaseResult], new: Sequence[CaseResult]) -> list[str]:
+    """The commits, where they differ: what a comparison is mostly made for, and so no obstacle."""
+    one, other = (
+        " and ".join(dict.fromkeys(filter(None, (each.origin.commit for each in results))))
+        or "unknown"
+        for results in (old, new)
+    )
+    return [] if one == other else [f"commit: {one} and {other}"]
 
 
 def _facts_of(results: Sequence[CaseResult], title: str) -> dict[str, str]:
@@ -152,7 +164,7 @@ def _changes(one: Combined, other: Combined) -> list[Change]:
             more_is_worse=False,
         )
     ]
-    for what, take in (("peak GiB", _peak), ("reserved GiB", _reserved)):
+    for what, take in _SIZES:
         olds, news = ([take(each) for each in case.measured] for case in (one, other))
         if None in olds or None in news:
             continue
@@ -179,12 +191,11 @@ def noise_of(old: Combined, new: Combined) -> float:
     return max(STUDENT.get(freedom, 2.0) * error, 2 * within)
 
 
-def _peak(one: Measured) -> int | None:
-    return one.peak_bytes
-
-
-def _reserved(one: Measured) -> int | None:
-    return one.peak_reserved_bytes
+_SIZES: tuple[tuple[str, Callable[[Measured], int | None]], ...] = (
+    ("peak GiB", lambda one: one.peak_bytes),
+    ("reserved GiB", lambda one: one.peak_reserved_bytes),
+    ("tensors GiB", lambda one: one.counted_bytes),
+)
 
 
 def _spread(values: Sequence[float]) -> float:

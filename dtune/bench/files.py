@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dtune.bench.record import Setting, Status
+from dtune.bench.record import Origin, Setting, Status
 from dtune.bench.schema import BenchConfig, WeightsFrom
 
 CASE = "case.json"
 RESULT = "result.jsonl"
+ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,20 @@ def read_case(folder: Path) -> CaseFile:
     raw = json.loads((folder / CASE).read_text(encoding="utf-8"))
     bench = {**raw["bench"], "weights": WeightsFrom(raw["bench"]["weights"])}
     return CaseFile(**{**raw, "command": tuple(raw["command"]), "bench": BenchConfig(**bench)})
+
+
+def write_origin(folder: Path, origin: Origin) -> None:
+    """Write where the case is measured, for a row of it even if its processes are killed."""
+    (folder / ORIGIN).write_text(json.dumps(asdict(origin)) + "\n", encoding="utf-8")
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """What `write_origin` wrote; None where no process came so far."""
+    path = folder / ORIGIN
+    if not path.is_file():
+        return None
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return Origin(**{**raw, "command": tuple(raw["command"])})
 
 
 def write_failure(folder: Path, failure: Failure) -> None:

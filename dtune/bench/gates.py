@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from statistics import median
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from dtune.parallel.ranges import local_of
 from dtune.runtime.world import World
@@ -13,16 +16,27 @@ from dtune.types import Engine
 
 NAMED = 3
 """Parameters that a refusal names."""
-_MOMENTS = ("exp_avg", "momentum_buffer")
+_LEAST_FALL = 1e-5
+"""Share of the first loss; below that is rounding."""
+_JUMPS = 4.0
+"""Times the usual bend of the curve by which it must fall: a loss that only jumps about does so
+once in some thousand looks at 30 steps, and once in a hundred at 6."""
 
 
 class GradientProbe:
-    """Looks at every trained parameter's gradient when the step of the block clips them."""
+    """Looks at every trained parameter's gradient in one optimizer step.
+
+    Where the engine has it at the clipping, there, as the optimizer will see it. DeepSpeed keeps
+    it to itself: then as autograd gives it, on each rank for its own micro batches.
+    """
 
     def __init__(self, engine: Engine, world: World) -> None:
         self._engine = engine
         self._world = world
-        self._facts: dict[str, torch.Tensor] = {}
+        self._trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+        self._kept: dict[str, torch.Tensor] = {}
+        self._passing: dict[str, torch.Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> GradientProbe:
         measure = self._engine.clip
@@ -33,41 +47,31 @@ class GradientProbe:
 
         # For one step, the engine's own method is behind this one.
         self._engine.clip = clip  # type: ignore[method-assign]
+        for name, parameter in self._trained.items():
+            self._hooks.append(parameter.register_hook(partial(self._pass, name)))
         return self
 
     def __exit__(self, *error: object) -> None:
         del self._engine.clip
+        for hook in self._hooks:
+            hook.remove()
 
     def _look(self) -> None:
-        for name, parameter in self._engine.module.named_parameters():
-            if parameter.requires_grad and parameter.grad is not None:
-                self._facts[name] = _facts_of(local_of(parameter.grad), self._world)
+        for name, parameter in self._trained.items():
+            if parameter.grad is not None:
+                self._kept[name] = _facts_of(local_of(parameter.grad), self._world)
+
+    def _pass(self, name: str, gradient: torch.Tensor) -> None:
+        facts = _facts_of(local_of(gradient), self._world)
+        self._passing[name] = self._passing[name] + facts if name in self._passing else facts
 
     def problem(self) -> str:
-        """What is wrong with the gradients, empty where nothing is; collective.
-
-        Of an engine that keeps gradients to itself, the first moments of the optimizer are looked
-        at instead: a mean of gradients is finite and not zero where they are.
-        """
-        names = [n for n, p in self._engine.module.named_parameters() if p.requires_grad]
-        moments = {}
-        if missing := self._world.any_says(any(name not in self._facts for name in names)):
-            moments = self._moments()
-        seen = [name for name in names if name in self._facts or name in moments]
-        if missing and self._world.any_says(len(seen) < len(names)):
-            unseen = [name for name in names if name not in seen]
-            return f"the gradients of {_some(unseen)} cannot be looked at; use optim=adamw"
-        facts = [self._facts.get(n, moments.get(n)) for n in names]
-        whole = self._world.sum(torch.stack([fact for fact in facts if fact is not None]))
-        return _judge(names, whole.tolist())
-
-    def _moments(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for shard in self._engine.state().shards:
-            kind, _, name = shard.name.partition("/")
-            if kind in _MOMENTS:
-                found[name] = _facts_of(shard.local, self._world)
-        return found
+        """What is wrong with the gradients, empty where nothing is; collective."""
+        none = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        seen = {**self._passing, **self._kept}
+        facts = [seen.get(name, none) for name in self._trained]
+        whole = self._world.sum(torch.stack(facts))
+        return _judge(list(self._trained), whole.tolist())
 
 
 def _facts_of(gradient: torch.Tensor, world: World) -> torch.Tensor:
@@ -93,9 +97,14 @@ def _some(names: Sequence[str]) -> str:
 def falls(losses: Sequence[float]) -> bool:
     """Whether the last loss on the fixed batch is below the first by more than they jump about.
 
-    At least by one in 100,000: below that is rounding.
+    How far they jump is told by the bends of the curve, which is straight where nothing is random.
     """
-    return len(losses) > 1 and losses[0] - losses[-1] > 1e-5 * abs(losses[0])
+    if len(losses) < 2:
+        return False
+    threes = zip(losses, losses[1:], losses[2:], strict=False)
+    bends = [abs(one - 2 * two + three) for one, two, three in threes]
+    least = max(_LEAST_FALL * abs(losses[0]), _JUMPS * median(bends) if bends else 0.0)
+    return losses[0] - losses[-1] > least
 
 
 def loss_problem(losses: Sequence[float]) -> str:

@@ -17,7 +17,14 @@ from dtune.bench.planned import Planned, plan_case
 from dtune.bench.record import Measured
 from dtune.bench.schema import BenchConfig
 from dtune.bench.subject import Subject, build_subject, prepared_run
-from dtune.bench.timing import StepTimes, WarmUp, synchronize, time_steps, warm_up
+from dtune.bench.timing import (
+    StepTimes,
+    WarmUp,
+    compiled_graphs,
+    synchronize,
+    time_steps,
+    warm_up,
+)
 from dtune.config.run import RunConfig
 from dtune.config.support import check_run
 from dtune.parallel.base import COMPUTE_DTYPES
@@ -30,7 +37,8 @@ T = TypeVar("T", int, float)
 
 FORMULA = (
     "FLOPs a token = 4 N_frozen + 6 N_trained + 6 L H S_document (N: parameters of matrix "
-    "products; a frozen product costs no weight gradient; causal attention, forward and backward); "
+    "products; a frozen product costs no weight gradient; causal attention, forward and backward), "
+    "less 2 N_block + 4 H S_document for each block below all that is trained; "
     "MFU = tokens/s per device x FLOPs a token / peak of the data sheet, share of the ceiling = "
     "the same / FLOP/s of the model's own products measured before in the same process; padding "
     "and recomputation do not count as work"
@@ -67,7 +75,8 @@ def measure_case(run: RunConfig, bench: BenchConfig, world: World) -> Outcome:
     problem = _gradient_problem(subject)
     _go_on_until_it_falls(subject, bench.falls_within)
     curve = subject.loss_curve()
-    refusal = problem or loss_problem(curve)
+    still = "torch.compile was still at work in timed steps; raise bench.warm_up"
+    refusal = problem or loss_problem(curve) or (still if passage.compiled else "")
     chosen = () if run == asked else (f"chosen by auto: {_chosen(run)}",)
     notes = (*chosen, *planned.notes, *subject.notes, *passage.notes, *launch_notes)
     measured = None
@@ -90,6 +99,8 @@ class _Passage:
     peaks: Peaks
     joules: float | None
     notes: tuple[str, ...]
+    compiled: bool
+    """Whether a timed step has compiled something, on any rank."""
 
 
 def _run_steps(subject: Subject, bench: BenchConfig, peaks: PeakMeter) -> _Passage:
@@ -99,12 +110,12 @@ def _run_steps(subject: Subject, bench: BenchConfig, peaks: PeakMeter) -> _Passa
     gc.collect()
     world.barrier()
     energy.start()
+    graphs = compiled_graphs()
     times = time_steps(subject.step, steps=bench.steps, device=world.device)
     joules = energy.joules()
+    compiled = world.any_says(compiled_graphs() != graphs)
     notes = [*peaks.notes, *([energy.why_not] if energy.why_not else [])]
-    if not warm.settled:
-        notes.append(f"still compiling after {warm.steps} steps of warm-up")
-    return _Passage(warm, times, peaks.read(), joules, tuple(notes))
+    return _Passage(warm, times, peaks.read(), joules, tuple(notes), compiled)
 
 
 def _ceiling(run: RunConfig, bench: BenchConfig, planned: Planned, world: World) -> float | None:

@@ -29,7 +29,7 @@ def origin_of(command: Sequence[str], *, devices: int) -> Origin:
     return Origin(
         command=tuple(command),
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        commit=commit_of(Path(__file__).parent),
+        commit=commit_of(Path(__file__)),
         hardware=hardware(devices),
         versions=versions(),
     )
@@ -66,14 +66,26 @@ def versions() -> dict[str, str]:
     found["torch"] = torch.__version__
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
+    if driver := _driver():
+        found["driver"] = driver
     return found
 
 
-def commit_of(folder: Path) -> str:
-    """Commit of the repository that a folder is in, with ``-dirty``; empty outside of one."""
+def commit_of(file: Path) -> str:
+    """Commit of the repository that keeps a file, with ``-dirty``; empty where none does.
+
+    A package that is installed below a repository of something else is not kept by that.
+    """
+    if not _git(file, "ls-files", "--error-unmatch", file.name):
+        return ""
+    return _git(file, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(file: Path, *arguments: str) -> str:
+    """What git says in the folder of a file; empty where it refuses."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "-C", str(file.parent), *arguments],
             capture_output=True,
             text=True,
             check=False,
@@ -81,7 +93,15 @@ def commit_of(folder: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip()
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _driver() -> str:
+    """Version of NVIDIA's kernel module; empty where none is loaded."""
+    told = Path("/proc/driver/nvidia/version")
+    text = told.read_text(encoding="utf-8", errors="replace") if told.is_file() else ""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", text)
+    return found.group(1) if found else ""
 
 
 def _cpu_name() -> str:

@@ -15,7 +15,14 @@ from dtune_launch.local import exit_code, forwarding_signals, kill_tree, start_j
 from dtune_launch.spec import JobSpec
 
 from dtune.bench.cases import Case
-from dtune.bench.files import RESULT, CaseFile, Failure, first_failure, write_case
+from dtune.bench.files import (
+    RESULT,
+    CaseFile,
+    Failure,
+    first_failure,
+    read_origin,
+    write_case,
+)
 from dtune.bench.record import CaseResult, Origin, Status, read_jsonl, write_jsonl
 from dtune.bench.score import score_case
 from dtune.bench.table import line_of
@@ -24,6 +31,8 @@ from dtune.errors import ConfigError
 RESULTS = "results.jsonl"
 _POLL_SECONDS = 0.1
 _LAST_LINES = 3
+_KILLED_RANK = "Signal 9 (SIGKILL)"
+"""What torchrun says of a rank that was killed; its own exit code is 1."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,11 @@ def run_cases(cases: Sequence[Case], out: Path, command: Sequence[str]) -> list[
     signal stops the rest.
 
     Raises:
-        ConfigError: The folder holds results already, or cannot be written.
+        ConfigError: The folder holds a bench already, or cannot be written.
     """
     path = out / RESULTS
-    if path.exists():
-        raise ConfigError(f"bench.out={out} holds results already; name another folder")
+    if path.exists() or any(out.glob("cases/*/repeat-*")):
+        raise ConfigError(f"bench.out={out} holds a bench already; name another folder")
     results: list[CaseResult] = []
     for repeat in range(max(case.bench.repeats for case in cases)):
         for index, case in enumerate(cases):
@@ -63,11 +72,14 @@ def run_cases(cases: Sequence[Case], out: Path, command: Sequence[str]) -> list[
             if ended.stopped:
                 return results
             result = _result_of(case, folder, repeat, command, ended)
+            stopped = False
             if repeat == 0 and case.bench.train_steps and result.status is Status.ok:
-                result = _with_score(result, case, folder.parent / "train", command)
+                result, stopped = _with_score(result, case, folder.parent / "train", command)
             write_jsonl([result], path, append=True)
             results.append(result)
             say(f"[{len(results)}] {line_of(result)}")
+            if stopped:
+                return results
     return results
 
 
@@ -102,8 +114,9 @@ def _result_of(
         (result,) = read_jsonl(folder / RESULT)
         return result
     failure = _failure_of(case, folder, ended)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     # Nothing is known of versions and devices where no process could say it.
-    origin = Origin(tuple(command), time.strftime("%Y-%m-%dT%H:%M:%S%z"), "", {}, {})
+    origin = read_origin(folder) or Origin(tuple(command), now, "", {}, {})
     return CaseResult(
         framework="dtune",
         case=case.label,
@@ -119,32 +132,47 @@ def _result_of(
 def _failure_of(case: Case, folder: Path, ended: Ended) -> Failure:
     now = time.time()
     if ended.timed_out:
-        limit = f"killed after bench.max_minutes={case.bench.max_minutes:g}"
-        return Failure(Status.failed, limit, now)
-    if said := first_failure(folder):
+        return Failure(Status.failed, _limit(case), now)
+    said = first_failure(folder)
+    if said is not None and said.status is Status.oom:
         return said
-    killed = 128 + signal.SIGKILL
     log = (folder / "case.log").read_text(encoding="utf-8", errors="replace")
-    if ended.code == killed:
-        # The kernel gives no other sign of it.
+    if ended.code == 128 + signal.SIGKILL or _KILLED_RANK in log:
+        # The kernel gives no other sign of it; other ranks have only lost that one.
         return Failure(
             Status.oom, "killed by SIGKILL, as Linux does where the host's memory is used up", now
         )
+    if said is not None:
+        return said
     last = " | ".join(log.strip().splitlines()[-_LAST_LINES:])
     return Failure(Status.failed, f"exit code {ended.code}: {last}", now)
 
 
-def _with_score(result: CaseResult, case: Case, folder: Path, command: Sequence[str]) -> CaseResult:
-    """The result with what the method learns; a note where its training fails."""
+def _limit(case: Case) -> str:
+    return f"killed after bench.max_minutes={case.bench.max_minutes:g}"
+
+
+def _with_score(
+    result: CaseResult, case: Case, folder: Path, command: Sequence[str]
+) -> tuple[CaseResult, bool]:
+    """The result with what the method learns, or a note why its training failed.
+
+    And whether a signal has stopped that.
+    """
     say(f"    {case.label}: training {case.bench.train_steps} steps on {case.run.data.path}")
+    ends: list[Ended] = []
 
     def run_it(job: JobSpec) -> int:
-        return run_processes(job, folder / "logs" / "train.log", max_minutes=0).code
+        log = folder / "logs" / "train.log"
+        ends.append(run_processes(job, log, max_minutes=case.bench.max_minutes))
+        return ends[-1].code
 
     score, why_not = score_case(case, folder, command, run_it)
-    if score is None:
-        return replace(result, notes=(*result.notes, f"not scored: {why_not}"))
-    return replace(result, score=score)
+    if score is not None:
+        return replace(result, score=score), False
+    if ends[-1].timed_out:
+        why_not = _limit(case)
+    return replace(result, notes=(*result.notes, f"not scored: {why_not}")), ends[-1].stopped
 
 
 def exit_code_of(results: Sequence[CaseResult], wanted: int) -> int:

@@ -41,11 +41,11 @@ class BenchConfig:
     falls_within: int = 50
     # Seconds for which the products of the model are timed alone; 0: the ceiling is not measured.
     ceiling_seconds: float = 2.0
-    # Minutes after which a case is killed and reported as failed; 0: never.
+    # Minutes after which a case is killed and reported as failed, and its training; 0: never.
     max_minutes: float = 0.0
     # Optimizer steps of training on data.path, scored on data.eval_path; 0: no scores.
     train_steps: int = 0
-    # Learning rate of that training by method, where optim.lr is not its own: {lora: 4e-3}.
+    # Learning rate by method, where optim.lr is not its own: {lora: 4e-3}.
     rates: dict[str, float] = field(default_factory=dict)
     # Draw tokens/s, memory and loss per method (needs matplotlib).
     plots: bool = True

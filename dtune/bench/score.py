@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from dtune_launch.spec import JobSpec
 
@@ -24,10 +23,7 @@ def score_case(
     The run is one of ``dtune train`` in ``folder``; ``start`` starts its processes and gives their
     exit code. Returns the score, or None and why there is none.
     """
-    changes: dict[str, Any] = {"train.max_steps": case.bench.train_steps, "log.every": 1}
-    if case.method in case.bench.rates:
-        changes["optim.lr"] = case.bench.rates[case.method]
-    text = case.text_in(folder, changes)
+    text = case.text_in(folder, {"train.max_steps": case.bench.train_steps, "log.every": 1})
     run = load_frozen(text)
     with occupied_run_folder(run, text, command=command):
         (folder / "logs").mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from math import sqrt
 from statistics import median, stdev
 
 from dtune.bench.record import GIB, CaseResult, Measured, Score, Status, quantile
+from dtune.errors import ConfigError
 
 Key = tuple[str, str]
 """Framework and case."""
@@ -72,10 +73,20 @@ Column = tuple[str, Cell]
 
 
 def combine(results: Sequence[CaseResult]) -> list[Combined]:
-    """Put the repeats of each case together, in the order of their first."""
+    """Put the repeats of each case together, in the order of their first.
+
+    Raises:
+        ConfigError: Two results of the same name are of different work.
+    """
     groups: dict[Key, list[CaseResult]] = {}
     for result in results:
-        groups.setdefault((result.framework, result.case), []).append(result)
+        group = groups.setdefault((result.framework, result.case), [])
+        if group and group[0].settings != result.settings:
+            raise ConfigError(
+                f"results of different work have one name, {result.framework} {result.case}: those "
+                "of several benches do not belong into one file"
+            )
+        group.append(result)
     return [Combined(*key, tuple(group)) for key, group in groups.items()]
 
 
@@ -101,18 +112,26 @@ def line_of(result: CaseResult) -> str:
 def markdown(results: Sequence[CaseResult]) -> str:
     """The table, the formulas behind it, where it was measured, and the notes."""
     combined = combine(results)
-    columns = _columns(combined)
-    head = " | ".join(name for name, _ in columns)
-    lines = [f"| {head} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(cell(one) for _, cell in columns)} |" for one in combined]
+    lines = _table(combined, [*_NUMBERS, *_score_columns(combined)])
     return "\n".join([*lines, "", *_below(combined)]) + "\n"
 
 
-def _columns(combined: Sequence[Combined]) -> list[Column]:
-    """Columns that at least one case has something to say in."""
-    further = [*_NUMBERS, *_score_columns(combined)]
-    told = [column for column in further if any(column[1](one) != NOTHING for one in combined)]
-    return [*_identity(combined), *told]
+def markdown_in_short(results: Sequence[CaseResult]) -> str:
+    """A table of what methods are chosen by, and where it was measured."""
+    combined = combine(results)
+    numbers = [column for column in _NUMBERS if column[0] in IN_SHORT]
+    lines = _table(combined, [*numbers, *_score_columns(combined)])
+    where = dict.fromkeys(_facts(result.origin.hardware) for result in results)
+    return "\n".join([*lines, "", *(f"Measured on {facts}." for facts in where if facts)]) + "\n"
+
+
+def _table(combined: Sequence[Combined], columns: Sequence[Column]) -> list[str]:
+    """Lines, with those of the columns in which at least one case has something to say."""
+    told = [column for column in columns if any(column[1](one) != NOTHING for one in combined)]
+    shown = [*_identity(combined), *told]
+    head = " | ".join(name for name, _ in shown)
+    rows = [f"| {' | '.join(cell(one) for _, cell in shown)} |" for one in combined]
+    return [f"| {head} |", f"|{'---|' * len(shown)}", *rows]
 
 
 def _identity(combined: Sequence[Combined]) -> list[Column]:
@@ -205,8 +224,8 @@ _NUMBERS: list[Column] = [
     ("trained parameters", _number(lambda one: one.trained_parameters, ",.0f")),
     ("tokens/s per device", _number(lambda one: one.tokens_per_second_per_device, ",.0f")),
     ("tokens/s in all", _number(lambda one: one.tokens_per_second, ",.0f")),
-    ("with padding", _number(lambda one: one.slots_per_second, ",.0f")),
-    ("trained", _number(lambda one: one.targets_per_second, ",.0f")),
+    ("with padding, tokens/s", _number(lambda one: one.slots_per_second, ",.0f")),
+    ("trained, tokens/s", _number(lambda one: one.targets_per_second, ",.0f")),
     ("step, ms (p10 to p90)", _step_cell),
     ("spread", _spread_cell),
     ("MFU", _number(lambda one: one.mfu, ".1%")),
@@ -221,6 +240,15 @@ _NUMBERS: list[Column] = [
     ("J a step", _number(lambda one: one.joules_per_step, ",.1f")),
     ("loss on the fixed batch", _loss_cell),
 ]
+
+
+IN_SHORT = frozenset(
+    (
+        *("trained parameters", "tokens/s per device", "spread"),
+        *("peak GiB, allocated (reserved)", "tensors GiB"),
+    )
+)
+"""Columns of the short table, besides the scores."""
 
 
 def _score_columns(combined: Sequence[Combined]) -> list[Column]:

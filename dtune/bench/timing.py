@@ -27,8 +27,6 @@ class WarmUp:
     first_seconds: float
     """Of the first of them: compilation, caches, allocation."""
     steps: int
-    settled: bool
-    """Whether the last of them compiled nothing."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def warm_up(
         now = compiled_graphs()
         calm = 0 if any_rank(now != graphs) else calm + 1
         graphs = now
-    return WarmUp(time.perf_counter() - began, first, done, settled=calm >= steps)
+    return WarmUp(time.perf_counter() - began, first, done)
 
 
 def time_steps(step: Step, *, steps: int, device: torch.device) -> StepTimes:

@@ -6,6 +6,7 @@ the process that started the case takes the first.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtune.bench.files import CaseFile, Failure, read_case, write_failure
+from dtune.bench.files import CaseFile, Failure, read_case, write_failure, write_origin
 from dtune.bench.record import CaseResult, Status, write_jsonl
 
 
@@ -46,6 +47,9 @@ def _measure(case: CaseFile, folder: Path) -> None:
     run = read_frozen(folder)
     world = World.start()
     start_logging(world.rank, folder / "logs")
+    origin = origin_of(case.command, devices=world.size)
+    if world.is_first:
+        write_origin(folder, origin)
     outcome = measure_case(run, case.bench, world)
     if world.is_first:
         result = CaseResult(
@@ -53,7 +57,7 @@ def _measure(case: CaseFile, folder: Path) -> None:
             case=case.label,
             settings=case.settings,
             status=Status.refused if outcome.refusal else Status.ok,
-            origin=origin_of(case.command, devices=world.size),
+            origin=origin,
             reason=outcome.refusal,
             repeat=case.repeat,
             measured=outcome.measured,
@@ -74,4 +78,8 @@ def _failure_of(error: Exception) -> Failure:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    if code:
+        # A rank that fails alone waits for no other: what they still share need not be put away.
+        os._exit(code)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from dtune_launch.srun import is_task
 
 from dtune.bench.cases import Case, plan_cases
 from dtune.bench.schema import BenchConfig
@@ -31,10 +34,20 @@ def run(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         sys.stdout.write(help_text())
         return 0
+    _check_alone(os.environ)
     cases = plan_cases(argv)
     if not cases:
         return 0
     return bench(cases, command=["dtune", "bench", *argv])
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """ConfigError where torchrun or srun has started several of this process."""
+    if "RANK" in environ or is_task(environ):
+        raise ConfigError(
+            "dtune bench starts the ranks of every case itself: start it once, without torchrun or "
+            "srun, and set launch.nproc"
+        )
 
 
 def help_text() -> str:
@@ -79,7 +92,7 @@ def bench(cases: Sequence[Case], *, command: Sequence[str]) -> int:
 
 def compare_files(argv: Sequence[str]) -> int:
     """Print how NEW stands to OLD; 1 where it is worse, ConfigError where they are not alike."""
-    from dtune.bench.compare import compare, differences
+    from dtune.bench.compare import commits, compare, differences
     from dtune.bench.record import read_jsonl
 
     files = [argument for argument in argv if argument != "--force"]
@@ -90,13 +103,14 @@ def compare_files(argv: Sequence[str]) -> int:
         raise ConfigError("dtune bench compare takes OLD and NEW, and --force")
     old, new = (read_jsonl(_results_in(name)) for name in files)
     differing = differences(old, new)
+    told = [*differing, *commits(old, new)]
     if differing and "--force" not in argv:
-        listed = "\n".join(f"  {one}" for one in differing)
+        listed = "\n".join(f"  {one}" for one in told)
         raise ConfigError(
             f"{files[0]} and {files[1]} are not of the same machine, versions and work:\n{listed}\n"
             "--force compares them nevertheless"
         )
-    for one in differing:
+    for one in told:
         sys.stdout.write(f"differs: {one}\n")
     comparison = compare(old, new)
     if not comparison.changes and not comparison.lost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from dtune_launch.gpus import resolve_nproc
@@ -16,6 +16,7 @@ from dtune.config.planning import Find, PlanSettings
 from dtune.config.run import RunConfig
 from dtune.config.support import accumulation_steps, check_run
 from dtune.errors import ConfigError
+from dtune.plan.cards import choose_card, limit_of
 
 if TYPE_CHECKING:
     from dtune.build import BuiltModel
@@ -69,40 +70,54 @@ def run(argv: list[str]) -> int:
     if COMMAND.asks_help(argv):
         sys.stdout.write(COMMAND.help())
         return 0
-    if any(argument.startswith("-") for argument in argv):
-        # Hydra's own flags, and what they take.
-        own, settings = PlanSettings(), argv
-    else:
-        own, settings = split_settings(argv, PlanSettings, COMMAND)
+    own, settings = _split(argv)
     text = compose("train", settings)
     if text is None:
         return 0
     config = load_frozen(text)
     cluster = _cluster(config, own)
     check_run(config, cluster.ranks)
+    card = choose_card(own, cluster.ranks)
     sys.stdout.write(text + "\n")
-    _plan(config, own, cluster)
+    _plan(config, own, cluster, card)
     return 0
 
 
+def _split(argv: list[str]) -> tuple[PlanSettings, list[str]]:
+    """The command's own settings, and those of the run with Hydra's flags and what they take."""
+    if any(argument in ("-m", "--multirun") for argument in argv):
+        raise ConfigError("dtune plan plans one run, a sweep would train: leave -m out")
+    if not any(argument.startswith("-") for argument in argv):
+        return split_settings(argv, PlanSettings, COMMAND)
+    keys = {field.name for field in fields(PlanSettings)}
+    mine = [argument for argument in argv if argument.partition("=")[0] in keys]
+    own, _ = split_settings(mine, PlanSettings, COMMAND)
+    return own, [argument for argument in argv if argument not in mine]
+
+
 def _cluster(run: RunConfig, own: PlanSettings) -> Cluster:
+    if own.gpus > 1 and run.parallel.name == "single":
+        raise ConfigError(
+            f"gpus={own.gpus} with parallel=single, which runs in one process; set parallel=auto, "
+            "or the engine"
+        )
     if own.gpus:
         return Cluster(own.gpus, min(own.gpus, own.gpus_per_node))
     nproc = resolve_nproc(run.launch, engine=run.parallel.name)
     return Cluster(nproc * run.launch.num_nodes, nproc)
 
 
-def _plan(run: RunConfig, own: PlanSettings, cluster: Cluster) -> None:
+def _plan(run: RunConfig, own: PlanSettings, cluster: Cluster, card: Card | None) -> None:
     # Only now, because a wrong setting is answered before torch is imported.
-    from dtune.plan.auto import decide
-    from dtune.plan.cards import choose_card
+    from dtune.plan.auto import asks, decide
     from dtune.plan.report import card_rows, memory_lines, time_lines, work_lines
     from dtune.plan.run import Planner, UncountableError
 
-    card = choose_card(own, cluster.ranks)
-    decision = decide(run, cluster.ranks, _memory(card, cluster), card=card)
-    run = decision.run
+    if own.find is not Find.nothing or (own.gpus and asks(run)):
+        limit_of(card)
     planner = Planner(run, cluster.ranks, card, per_node=cluster.per_node)
+    decision = decide(planner, _memory(card, cluster))
+    planner.run = run = decision.run
     data = _data(run, cluster.ranks)
     _write(
         [
@@ -110,6 +125,7 @@ def _plan(run: RunConfig, own: PlanSettings, cluster: Cluster) -> None:
             *[("auto", reason) for reason in decision.reasons],
             *_batch_rows(run, cluster.ranks),
             *_model_rows(run, planner.built),
+            ("attention", planner.attention),
             *data.rows,
             *card_rows(card),
         ]

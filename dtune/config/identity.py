@@ -20,6 +20,8 @@ from dtune.models.weights import files_by_tensor
 # Of each file of weights: enough to tell two fine-tunes of one base apart, at no cost.
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
+# Where the first values came from, and what is kept twice, change nothing of what follows.
+_FREE = ("init_from", "cache_gib")
 
 
 def identity_of(run: RunConfig, data_fingerprint: str, *, last_sequence: int) -> Identity:
@@ -41,8 +43,7 @@ def identity_of(run: RunConfig, data_fingerprint: str, *, last_sequence: int) ->
     defaults: dict[str, Setting] = {}
     for group, config in (("peft", run.peft), ("quant", run.quant)):
         for field in fields(config):
-            # Where the first values came from is of no matter any more.
-            if field.name == "init_from":
+            if field.name in _FREE:
                 continue
             key = f"{group}.{field.name}"
             settings[key] = _plain(getattr(config, field.name))

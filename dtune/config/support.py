@@ -9,10 +9,12 @@ from dtune.config.places import check_places
 from dtune.config.run import POLYMORPHIC, RunConfig
 from dtune.data.schema import Format
 from dtune.errors import ConfigError
+from dtune.optim.schema.adamw import AdamwConfig, Flat
 from dtune.parallel.schema import engines as all_engines
 from dtune.patch.schema import Backend
 from dtune.peft.schema.hf import READS_WEIGHT, HfConfig
 from dtune.peft.schema.prompt import PromptConfig, PromptInit
+from dtune.quant.schema import ByteConfig
 from dtune.runtime.capabilities import require
 from dtune.runtime.schema import Precision, Recompute
 from dtune.runtime.watch.schema import OnHang
@@ -174,6 +176,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
     _check_world(run, world_size)
     _check_data(run)
     _check_evaluation(run)
+    _check_speed(run)
     check_places(run)
     if run.watch.on_hang is OnHang.restart and run.launch.max_restarts == 0:
         raise ConfigError(
@@ -264,6 +267,27 @@ def _check_data(run: RunConfig) -> None:
         raise ConfigError(
             "objective=sft needs conversations, data.format=text has none; "
             "set objective=pretrain or another data.format"
+        )
+
+
+SHARDED = ("fsdp", "zero1", "zero2", "zero3")
+"""Engines under which a rank holds pieces of what it trains, or puts it where it likes."""
+
+
+def _check_speed(run: RunConfig) -> None:
+    engine = run.parallel.name
+    is_flat = isinstance(run.optim, AdamwConfig) and run.optim.flat is Flat.always
+    if is_flat and engine in SHARDED:
+        raise ConfigError(
+            f"optim.flat=always with parallel={engine}, which has its own places for what is "
+            "trained; use optim.flat=auto, or parallel=ddp"
+        )
+    cache_gib = run.quant.cache_gib if isinstance(run.quant, ByteConfig) else 0.0
+    if cache_gib and engine in ("fsdp", "zero3"):
+        raise ConfigError(
+            f"quant.cache_gib={cache_gib:g} keeps whole weights on every rank, and "
+            f"parallel={engine} cuts them to save that memory; use quant.cache_gib=0, or "
+            "parallel=ddp"
         )
 
 

@@ -56,6 +56,8 @@ class Passes:
     """As ``early``, together with the gradients there are by then."""
     late_filling: int
     """As ``late``, together with the gradients there are by then."""
+    wide: int = 0
+    """The most at once that is as wide as the vocabulary: logits, or those of a chunk."""
     operations: Mapping[Operation, int] = field(default_factory=Counter)
     """What runs on the device, and how often."""
 
@@ -94,7 +96,7 @@ class PassTally(TorchDispatchMode):
         parameters: Iterable[torch.Tensor],
         besides: Iterable[torch.Tensor],
         vocabulary: int,
-        values: Values | None = None,
+        values: Values,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._values = values
@@ -105,9 +107,11 @@ class PassTally(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._watchers: dict[int, weakref.ref[Any]] = {}
         self._copies: set[int] = set()
-        self._wide: set[int] = set()
+        # With the moment since which it has been there.
+        self._wide: dict[int, int] = {}
         self._gradients: set[int] = set()
-        self._live = self._live_gradients = 0
+        self._live = self._live_gradients = self._live_wide = 0
+        self._wide_series: list[int] = []
         self.operations: Counter[Operation] = Counter()
         self.series: list[Alive] = []
 
@@ -120,17 +124,15 @@ class PassTally(TorchDispatchMode):
     ) -> Any:
         """Run the operation, and note what it returns and costs."""
         kwargs = kwargs or {}
-        if self._values is not None:
-            with suppress(Unknown):
-                return self._values.read(func, args)
+        with suppress(Unknown):
+            return self._values.read(func, args)
         results = func(*args, **kwargs)
-        if self._values is not None:
-            self._values.follow(func, args, kwargs, results)
+        self._values.follow(func, args, kwargs, results)
         is_copy = func is _COPY and _address(args[0]) in self._sources
         for leaf in tree_leaves(results):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._note(leaf, is_copy=is_copy)
-        if operation := cost_of(func, args, kwargs, results):
+        if operation := cost_of(func, args, kwargs, results, known=self._values.integers):
             self.operations[operation] += 1
         self.mark()
         return results
@@ -138,6 +140,7 @@ class PassTally(TorchDispatchMode):
     def mark(self) -> None:
         """Note what is alive now."""
         self.series.append(Alive(self._live - self._live_gradients, self._live_gradients))
+        self._wide_series.append(self._live_wide)
 
     def _note(self, tensor: torch.Tensor, *, is_copy: bool) -> None:
         storage = tensor.untyped_storage()
@@ -150,8 +153,9 @@ class PassTally(TorchDispatchMode):
         if is_copy:
             self._copies.add(address)
         width = tensor.shape[-1] if tensor.ndim else 0
-        if 0 <= width - self._vocabulary < _ALIGNED:
-            self._wide.add(address)
+        if 0 <= width - self._vocabulary < _ALIGNED and not is_copy:
+            self._wide[address] = len(self.series)
+            self._live_wide += storage.nbytes()
 
     def _forget(self, address: int, reference: weakref.ref[Any]) -> None:
         size = self._sizes.pop(address)
@@ -159,7 +163,9 @@ class PassTally(TorchDispatchMode):
         self._live -= size
         if address in self._gradients:
             self._live_gradients -= size
-        for kind in (self._gradients, self._copies, self._wide):
+        if self._wide.pop(address, None) is not None:
+            self._live_wide -= size
+        for kind in (self._gradients, self._copies):
             kind.discard(address)
 
     def is_gradient(self, tensor: torch.Tensor) -> None:
@@ -168,6 +174,17 @@ class PassTally(TorchDispatchMode):
         if address in self._sizes and address not in self._gradients:
             self._gradients.add(address)
             self._live_gradients += self._sizes[address]
+            self._is_not_wide(address)
+
+    def _is_not_wide(self, address: int) -> None:
+        """Take back that a storage holds logits: it is the gradient of the head."""
+        since = self._wide.pop(address, None)
+        if since is None:
+            return
+        size = self._sizes[address]
+        self._live_wide -= size
+        for moment in range(since, len(self._wide_series)):
+            self._wide_series[moment] -= size
 
     @property
     def alive(self) -> int:
@@ -180,7 +197,12 @@ class PassTally(TorchDispatchMode):
 
     def alive_logits(self) -> int:
         """Bytes of those that are as wide as the vocabulary."""
-        return sum(self._sizes[address] for address in self._wide - self._copies)
+        return self._live_wide
+
+    @property
+    def most_wide(self) -> int:
+        """The most bytes at once of those so far."""
+        return max(self._wide_series, default=0)
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -249,6 +271,7 @@ def count_passes(
     loss: Callable[[nn.Module, Batch], torch.Tensor],
     setting: Setting,
     *,
+    besides: Iterable[torch.Tensor],
     last_block: nn.Module | None,
     offloaded: Callable[[], int],
 ) -> Passes:
@@ -261,6 +284,7 @@ def count_passes(
         batch: On the CPU.
         loss: Forward and loss.
         setting: How it is run.
+        besides: What there is besides parameters, buffers and the batch.
         last_block: Whose backward is the first of all blocks'.
         offloaded: Bytes that have left the device when the forward pass is through.
     """
@@ -269,7 +293,7 @@ def count_passes(
     parameters = list(model.parameters())
     tally = PassTally(
         parameters=parameters,
-        besides=[*model.buffers(), *_tensors(inputs)],
+        besides=[*model.buffers(), *_tensors(inputs), *besides],
         vocabulary=setting.vocabulary,
         values=values,
     )
@@ -301,6 +325,7 @@ def count_passes(
         late=_most(after),
         early_filling=_filling(before),
         late_filling=_filling(after),
+        wide=tally.most_wide,
         operations=tally.operations,
     )
 

@@ -13,6 +13,7 @@ LARGEST = 1 << 22
 """Tensors of more elements are not followed."""
 
 _READ = torch.ops.aten._local_scalar_dense.default
+_PLACES = torch.ops.aten.nonzero.default
 _DRAW = torch.ops.aten.rand.default
 _ABOVE = torch.ops.aten.gt.Scalar
 
@@ -37,13 +38,32 @@ class Values:
         # A copy: what is computed in place stays here.
         self._known[tensor] = values.clone()
 
-    def read(self, func: Any, args: tuple[Any, ...]) -> bool | int:
-        """What the host reads of a tensor by this call; Unknown where it is another, or unknown."""
-        if func is not _READ or args[0] not in self._known:
+    def integers(self, tensor: torch.Tensor) -> list[int] | None:
+        """What a flat tensor holds; None where it is not known."""
+        known = self._known.get(tensor)
+        if known is None:
+            return None
+        with _disable_current_modes():
+            found: list[int] = known.tolist()
+        return found
+
+    def read(self, func: Any, args: tuple[Any, ...]) -> bool | int | torch.Tensor:
+        """What the host reads of a tensor by this call: a number, or places that are not zero.
+
+        Places come as a tensor without values, whose values are known. Unknown where the call is
+        another, or the tensor's values are not known.
+        """
+        if func not in (_READ, _PLACES) or args[0] not in self._known:
             raise Unknown
         with _disable_current_modes():
-            number: bool | int = self._known[args[0]].item()
-        return number
+            known = self._known[args[0]]
+            found = known.item() if func is _READ else known.nonzero()
+        if func is _READ:
+            number: bool | int = found
+            return number
+        places: torch.Tensor = args[0].new_empty(found.shape, dtype=found.dtype)
+        self._known[places] = found
+        return places
 
     def follow(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dtune.errors import ConfigError
+from dtune.models.attention_backends import Capability, MaskKind, backends, in_words
 from dtune.models.masks import causal_masks, document_bounds
 from dtune.models.schema import Attention
 from dtune.runtime.capabilities import is_installed
@@ -145,7 +148,13 @@ def _told(
         masks = causal_masks(model.config, position_ids, mask, additive)
         return {} if masks is None else {"attention_mask": masks}
     if implementation == VARLEN:
-        bounds = document_bounds(position_ids, mask, count)
+        _find_capability(position_ids.device)
+        if mask is None and count == position_ids.shape[0]:
+            # Each row is one document: there is nothing to tell. Only for packed rows, whose
+            # shape is constant: cuDNN plans for every new one.
+            bounds = position_ids.new_empty(0, dtype=torch.int32)
+        else:
+            bounds = document_bounds(position_ids, mask, count)
         # Where the mask travels: transformers hands 4-D masks on untouched.
         return {"attention_mask": bounds[None, None, None]}
     if implementation == "flash_attention_2":
@@ -202,7 +211,8 @@ def varlen_attention(
     """Attend within documents by torch's variable-length kernel; with a cache, as sdpa does.
 
     query [B, H, S, D], key and value [B, H_kv, S, D] in bf16 or fp16, ``attention_mask`` the bounds
-    [1, 1, 1, documents + 1] that the model's hook made. Returns [B, S, H, D].
+    [1, 1, 1, documents + 1] that the model's hook made, or none of them, [1, 1, 1, 0], where each
+    row is one document: then torch's causal attention is the faster. Returns [B, S, H, D].
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(
@@ -210,11 +220,50 @@ def varlen_attention(
         )
     assert dropout == 0.0, "variable-length attention has no dropout"
     batch, heads, length, dim = query.shape
+    if not attention_mask.numel():
+        if sliding_window is None or sliding_window >= length:
+            with _fastest(query):
+                return sdpa_attention_forward(
+                    module, query, key, value, None, scaling=scaling, is_causal=True
+                )
+        attention_mask = torch.arange(
+            0, (batch + 1) * length, length, dtype=torch.int32, device=query.device
+        )
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, dim) for x in (query, key, value))
     bounds = attention_mask.flatten()
     out = _varlen_kernel(q, k, v, bounds, longest=length, scale=scaling, window=window)
     return out.view(batch, length, heads, dim), None
+
+
+_CAPABILITIES: dict[int | None, Capability] = {}
+"""Of GPUs by their index; asked for outside of what is compiled."""
+
+
+def _find_capability(device: torch.device) -> None:
+    if device.type == "cuda" and device.index not in _CAPABILITIES:
+        _CAPABILITIES[device.index] = torch.cuda.get_device_capability(device)
+
+
+def _fastest(query: torch.Tensor) -> AbstractContextManager[Any]:
+    """Around causal attention: torch tries its kernels in the order that suits the card."""
+    capability = _CAPABILITIES.get(query.device.index)
+    if capability is None:
+        return nullcontext()
+    chosen = backends(capability, query.shape[-1], query.dtype, MaskKind.causal)
+    return sdpa_kernel(list(chosen), set_priority=True)
+
+
+def attention_in_words(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """What computes attention on a device; for the log."""
+    name = str(model.config._attn_implementation)
+    if name != VARLEN or device.type != "cuda":
+        return name
+    config = model.config.get_text_config().to_dict()
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    capability = torch.cuda.get_device_capability(device)
+    kernels = in_words(backends(capability, dim, dtype, MaskKind.causal))
+    return f"{name}; where each row is one document, the first that can of {kernels}"
 
 
 def _varlen_kernel(

@@ -6,16 +6,22 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from dtune_kernels.launch import triton_problem
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from dtune.optim.schema.adamw import Adamw8bitConfig, AdamwConfig
+from dtune.errors import ConfigError
+from dtune.optim.flat import FlatAdamW
+from dtune.optim.schema.adamw import Adamw8bitConfig, AdamwConfig, Flat
 from dtune.optim.schema.sgd import SgdConfig
 from dtune.runtime.capabilities import require
 
 # Devices on which torch has one kernel for the whole of AdamW or SGD.
 _FUSED_DEVICES = ("cuda", "cpu")
 
+FLAT_BYTES = 1 << 30
+"""Parameters of at most so many bytes are put into one buffer of their own accord: adapters. Of
+more, the copies in which gradients are put together would be dear."""
 
 RateFactor = Callable[[str], float]
 
@@ -54,19 +60,39 @@ def _fused(groups: list[dict[str, Any]]) -> bool:
 
 
 def build_adamw(
-    config: AdamwConfig, named: Iterable[tuple[str, nn.Parameter]], rate_factor: RateFactor
+    config: AdamwConfig,
+    named: Iterable[tuple[str, nn.Parameter]],
+    rate_factor: RateFactor,
+    *,
+    whole: bool | None,
 ) -> Optimizer:
-    """Build torch's AdamW."""
+    """Build torch's AdamW, or ours over one buffer; ConfigError where optim.flat cannot be."""
     groups = parameter_groups(
         named, lr=config.lr, weight_decay=config.weight_decay, rate_factor=rate_factor
     )
-    return AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=_fused(groups),
-    )
+    betas = (config.beta1, config.beta2)
+    if _is_flat(config.flat, [p for group in groups for p in group["params"]], whole):
+        return FlatAdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+    return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=_fused(groups))
+
+
+def _is_flat(wanted: Flat, parameters: list[nn.Parameter], whole: bool | None) -> bool:
+    """Whether parameters are put into one buffer."""
+    if wanted is Flat.never or whole is None:
+        return False
+    device = parameters[0].device
+    problem = triton_problem(device)
+    if wanted is Flat.auto:
+        return whole and not problem and sum(p.nbytes for p in parameters) <= FLAT_BYTES
+    if not whole:
+        raise ConfigError(
+            "optim.flat=always: parameters or their gradients are cut into pieces, or reduced in "
+            "several buckets; set optim.flat=auto, or parallel=ddp with a "
+            "parallel.one_bucket_mib that all gradients fit in, beside a frozen base"
+        )
+    if device.type == "cuda" and problem:
+        raise ConfigError(f"optim.flat=always cannot run here: {problem}; set optim.flat=auto")
+    return True
 
 
 def build_sgd(

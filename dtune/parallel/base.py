@@ -31,6 +31,7 @@ from dtune.runtime.world import World
 from dtune.types import (
     EngineState,
     FlatShard,
+    GathersGradients,
     ModelSpec,
     OptimizerFactory,
     ScheduleFactory,
@@ -77,6 +78,7 @@ class TorchEngine(ABC):
         self.module: nn.Module
         self._trained: dict[str, nn.Parameter]
         self._optimizer: Optimizer
+        self._gatherer: GathersGradients | None
         self._schedule: LRScheduler
         self._asks_device: bool
 
@@ -104,7 +106,9 @@ class TorchEngine(ABC):
         self.model = self._wrap(model)
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert self._trained, "nothing to train"
-        self._optimizer = optimizer(self._trained.items())
+        self._optimizer = optimizer(self._trained.items(), whole=self._holds_whole())
+        own = self._optimizer
+        self._gatherer = own if isinstance(own, GathersGradients) else None
         self._schedule = schedule(self._optimizer)
         self._asks_device = self._scale is None and _asks_device(self._optimizer, self.world.device)
 
@@ -119,6 +123,10 @@ class TorchEngine(ABC):
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The module that the trainer calls, around the loaded model."""
         return model
+
+    def _holds_whole(self) -> bool:
+        """Whether parameters and gradients are whole tensors that this engine leaves alone."""
+        return False
 
     def _sum_over_shards(self, squares: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that together hold the whole of each gradient."""
@@ -143,9 +151,7 @@ class TorchEngine(ABC):
     @torch.no_grad()
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale gradients to a global norm of at most ``max_norm`` (0: only measure)."""
-        self._fill_gradients()
-        grads = [local_of(p.grad) for p in self._trained.values() if p.grad is not None]
-        grads = [grad for grad in grads if grad.numel()]
+        grads = self._gradients()
         if self._scale is not None and self._norm is None and grads:
             torch._foreach_mul_(grads, 1.0 / self._scale.value)
         device = grads[0].device if grads else self.world.device
@@ -158,11 +164,18 @@ class TorchEngine(ABC):
         self._norm = norm.to(self.world.device)
         return self._norm
 
-    def _fill_gradients(self) -> None:
-        """What no loss of the step has reached gets zeros: under every engine the same happens."""
+    def _gradients(self) -> list[torch.Tensor]:
+        """What this rank has of all gradients of the step, or the one buffer that they are in.
+
+        What no loss of the step has reached gets zeros: under every engine the same happens.
+        """
+        if self._gatherer is not None:
+            return [self._gatherer.gather()]
         for parameter in self._trained.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        grads = [local_of(p.grad) for p in self._trained.values() if p.grad is not None]
+        return [grad for grad in grads if grad.numel()]
 
     def step(self, blocked: torch.Tensor | None = None) -> None:
         """Optimizer, schedule, zero_grad; fp16 skips the first two if a gradient overflowed.
@@ -239,13 +252,14 @@ class TorchEngine(ABC):
 
 
 def _asks_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Whether the optimizer reads on ``device`` that it must not step, as torch's fused AdamW does.
+    """Whether the optimizer reads on ``device`` that it must not step, as a fused AdamW does.
 
     It is made for the overflows of automatic mixed precision: neither parameters nor moments nor
     step counts change where ``optimizer.found_inf`` is 1.
     """
     places = {p.device for group in optimizer.param_groups for p in group["params"]}
-    return isinstance(optimizer, AdamW) and bool(optimizer.defaults["fused"]) and places == {device}
+    fused = isinstance(optimizer, AdamW) and bool(optimizer.defaults["fused"])
+    return (fused or isinstance(optimizer, GathersGradients)) and places == {device}
 
 
 def set_schedule(schedule: LRScheduler, position: int) -> None:

@@ -29,24 +29,31 @@ class OneBucket:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        first = self._parameters[0]
-        self._flat = torch.zeros(
-            sum(p.numel() for p in self._parameters), dtype=first.dtype, device=first.device
-        )
+        self._flat: torch.Tensor | None = None
 
     def attach(self) -> None:
         """Have backward passes add to the buffer, which is zero at the start of a step."""
         if all(p.grad is not None for p in self._parameters):
             return
+        sizes = [p.numel() for p in self._parameters]
+        if self._flat is None:
+            first = self._parameters[0]
+            self._flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
         self._flat.zero_()
-        pieces = self._flat.split([p.numel() for p in self._parameters])
+        pieces = self._flat.split(sizes)
         for parameter, piece in zip(self._parameters, pieces, strict=True):
             parameter.grad = piece.view(parameter.shape)
 
     def average(self, ranks: int) -> None:
         """Replace the gradients by their mean over ranks. Collective."""
-        self._flat.div_(ranks)
-        dist.all_reduce(self._flat)
+        assert self._flat is not None, "attach comes first"
+        average(self._flat, ranks)
+
+
+def average(gradients: torch.Tensor, ranks: int) -> None:
+    """Replace one buffer of gradients by its mean over ranks. Collective."""
+    gradients.div_(ranks)
+    dist.all_reduce(gradients)
 
 
 class DdpEngine(ReplicaEngine):
@@ -83,11 +90,15 @@ class DdpEngine(ReplicaEngine):
             find_unused_parameters=self.world.size > 2,
         )
 
+    def _holds_whole(self) -> bool:
+        return self._bucket is not None
+
     def micro(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro batch; gradients are reduced on the last."""
         self._is_last = last
         if self._bucket is not None:
-            self._bucket.attach()
+            if self._gatherer is None:
+                self._bucket.attach()
             return self.compute()
         assert isinstance(self.model, DistributedDataParallel)
         return self._micro(nullcontext() if last else self.model.no_sync())
@@ -100,5 +111,9 @@ class DdpEngine(ReplicaEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss."""
         super().backward(loss)
-        if self._bucket is not None and self._is_last:
+        if self._bucket is None or not self._is_last:
+            return
+        if self._gatherer is not None:
+            average(self._gatherer.gather(), self.world.size)
+        else:
             self._bucket.average(self.world.size)

@@ -162,7 +162,7 @@ class DeepSpeedEngine:
                 self._stand_ins[id(parameter)] = stand_in
                 named.append((name, stand_in))
         assert named, "nothing to train"
-        return factory(named)
+        return factory(named, whole=False)
 
     def _spread(self, model: nn.Module, base: Optimizer, settings: dict[str, Any]) -> None:
         real: dict[int, nn.Parameter] = {}

@@ -24,6 +24,8 @@ MASTER = 4
 ZERO_ALIGNMENT = 2
 ZERO3_LIVE = 1_000_000_000
 
+NOTHING: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -74,8 +76,29 @@ class Footprint:
     """Whether masters are computed with, under autocast, and not cast parameters."""
     gradients_stay: bool = False
     """Whether gradients lie in buffers that are there all the time."""
-    on_host: bool = False
-    """Whether all but ``gathered`` and ``buckets`` is in host memory."""
+    host: frozenset[str] = NOTHING
+    """Those of the first five that are in host memory, by their names."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether anything is in host memory."""
+        return bool(self.host)
+
+    @property
+    def host_bytes(self) -> int:
+        """In host memory."""
+        return sum(vars(self)[name] for name in self.host)
+
+    @property
+    def device_bytes(self) -> int:
+        """On the device, with what is there for a while."""
+        own = self.frozen + self.masters + self.copies + self.gradients + self.optimizer
+        return own - self.host_bytes + self.gathered + self.buckets
+
+
+def _on_host(stays: set[str]) -> frozenset[str]:
+    """What an engine that offloads has in host memory, but what stays on the device."""
+    return frozenset({"frozen", "masters", "copies", "gradients", "optimizer"} - stays)
 
 
 def of_replica(planned: Planned, *, in_buckets: bool = False) -> Footprint:
@@ -95,8 +118,8 @@ def of_replica(planned: Planned, *, in_buckets: bool = False) -> Footprint:
 def of_fsdp(planned: Planned, *, shards: int, on_host: bool) -> Footprint:
     """Rows of every tensor, as many on each rank, the last ones padded.
 
-    A micro batch that does not end the step leaves its gradients whole. Gathered are what is
-    outside of blocks, one block, and the next, which is fetched meanwhile.
+    A micro batch that does not end the step leaves its gradients whole, and on the device. Gathered
+    are what is outside of blocks, one block, and the next, which is fetched meanwhile.
     """
 
     def held(parameter: nn.Parameter) -> int:
@@ -114,7 +137,7 @@ def of_fsdp(planned: Planned, *, shards: int, on_host: bool) -> Footprint:
         optimizer=sum(planned.state_bytes(held(p)) for p in trained),
         gathered=_gathered(planned),
         buckets=_reduced(planned),
-        on_host=on_host,
+        host=_on_host({"gradients"} if planned.accumulates else set()) if on_host else NOTHING,
     )
 
 
@@ -167,7 +190,10 @@ def of_zero(planned: Planned, *, stage: int, bucket: int, on_host: bool) -> Foot
         gradients=staged * whole if stage == 1 else _zero2_gradients(planned, groups, shares),
         optimizer=sum(map(planned.state_bytes, shares)),
         buckets=staged * min(bucket, whole),
-        on_host=on_host,
+        # What is computed with stays, and so does what stage 1 adds up.
+        host=_on_host({"frozen", "copies", *(["gradients"] if stage == 1 else [])})
+        if on_host
+        else NOTHING,
     )
 
 
@@ -210,5 +236,5 @@ def _of_zero3(planned: Planned, *, bucket: int, on_host: bool) -> Footprint:
             _computed(planned, planned.model.parameters()), ZERO3_LIVE * planned.compute_size
         ),
         buckets=MASTER * min(bucket, sum(p.numel() for p in trained)),
-        on_host=on_host,
+        host=_on_host(set()) if on_host else NOTHING,
     )

@@ -50,6 +50,9 @@ class ReplicaEngine(TorchEngine):
     def _spread(self, model: nn.Module, spec: ModelSpec) -> None:
         allocate(model, self.world.device)
 
+    def _holds_whole(self) -> bool:
+        return True
+
     def _shard(self, name: str, parameter: nn.Parameter) -> FlatShard:
         return FlatShard(
             name,

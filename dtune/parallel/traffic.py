@@ -111,13 +111,16 @@ def _of_zero3(planned: Planned, *, persistent: int, micros: int) -> list[Collect
             for p in parameters
         )
 
+    once, again, later = 0, 0, 0
     parameters = list(planned.model.parameters())
-    passing = [p for p in parameters if p.numel() > persistent]
-    once = sent(passing)
-    elements = sum(p.numel() for p in passing)
-    # DeepSpeed keeps from forward what backward needs before so many elements have passed.
-    freed = max(0, elements - ZERO3_LIVE // 2)
-    again = once * freed // elements if elements else 0
+    for parameter in reversed(parameters):
+        later += parameter.numel()
+        if parameter.numel() > persistent:
+            gathered = sent([parameter])
+            once += gathered
+            # DeepSpeed fetches ahead until so many elements are there, past the end of forward:
+            # what is then still there is kept for backward.
+            again += gathered if later > ZERO3_LIVE else 0
     trained = planned.trained()
     return _present(
         [
@@ -129,8 +132,8 @@ def _of_zero3(planned: Planned, *, persistent: int, micros: int) -> list[Collect
                 ranks,
             ),
             Collective(
-                *("all-gather", "small trained weights"),
-                sent(p for p in trained if p.numel() <= persistent),
+                *("all-gather", "small weights"),
+                sent(p for p in parameters if p.numel() <= persistent),
                 ranks,
                 overlaps=False,
             ),

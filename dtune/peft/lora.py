@@ -1,5 +1,7 @@
 """LoRA, Hu et al. 2021, arXiv:2106.09685. Equal to HF ``peft`` in forward, gradient and file.
 
+The update is scaled before B and not after it: bit-equal where the scale is a power of two.
+
 Shape legend: R rank, D input features, O output features; leading dims are any.
 """
 
@@ -88,8 +90,9 @@ class LoraLinear(nn.Module):
             x = x.to(self.lora_A.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)  # [..., R], [..., O]
-        return y + (update * self.scale).to(y.dtype)
+        # Scaled where there are R features and not O: the output is passed over once less.
+        hidden = F.linear(x, self.lora_A) * self.scale  # [..., R]
+        return y + F.linear(hidden, self.lora_B).to(y.dtype)
 
     def extra_repr(self) -> str:
         """Shown in the printed model."""

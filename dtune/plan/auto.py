@@ -11,10 +11,10 @@ import torch
 from dtune.config.run import RunConfig
 from dtune.config.support import choices, find_illegal
 from dtune.errors import ConfigError
-from dtune.measure.cards import Card
 from dtune.measure.memory import GIB
 from dtune.parallel.schema import AUTO, PARALLEL
-from dtune.plan.run import Planner
+from dtune.plan.memory import MemoryPlan
+from dtune.plan.run import Planner, UncountableError
 from dtune.plan.solve import RECOMPUTE
 from dtune.runtime.logs import log
 from dtune.runtime.schema import Recompute
@@ -34,22 +34,22 @@ def asks(run: RunConfig) -> bool:
     return run.parallel.name == AUTO or run.train.recompute is Recompute.auto
 
 
-def decide(run: RunConfig, ranks: int, memory: float, *, card: Card | None = None) -> Decision:
-    """Choose engine and recomputation for so many ranks with so many bytes each.
+def decide(planner: Planner, memory: float) -> Decision:
+    """Choose engine and recomputation of a planner's run for so many bytes of each rank.
 
     The first that fits: replicas before shards, and of each the least recomputation. Where even
     the last does not fit by the high estimate it is taken as long as the low one is below.
 
     Raises:
-        ConfigError: Not even the low estimate of the last fits.
+        ConfigError: Not even the low estimate of the last fits, or nothing can be counted.
     """
+    run = planner.run
     if not asks(run):
         return Decision(run, ())
-    candidates = _candidates(run, ranks)
-    planner = Planner(candidates[0], ranks, card)
+    candidates = _candidates(run, planner.ranks)
     reasons: list[str] = []
     for candidate in candidates:
-        plan = planner.memory(candidate)
+        plan = _memory(planner, candidate)
         fits = plan.high <= memory
         reasons.append(
             f"{_in_words(run, candidate)}: {plan.high / GIB:.2f} GiB of {memory / GIB:.2f} GiB a "
@@ -65,6 +65,16 @@ def decide(run: RunConfig, ranks: int, memory: float, *, card: Card | None = Non
         )
     reasons.append(f"at least {plan.low / GIB:.2f} GiB, which does: tried as it is")
     return Decision(candidates[-1], tuple(reasons))
+
+
+def _memory(planner: Planner, candidate: RunConfig) -> MemoryPlan:
+    try:
+        return planner.memory(candidate)
+    except UncountableError as error:
+        chosen = _in_words(planner.run, candidate)
+        raise ConfigError(
+            f"{_keys(planner.run)} goes by what would fit, but {error}; set {chosen}, or another"
+        ) from error
 
 
 def _keys(run: RunConfig) -> str:
@@ -116,7 +126,7 @@ def decide_here(run: RunConfig, world: World) -> RunConfig:
     memory = -world.largest(-memory_of(world.device, world.local_size))
     answer: Decision | str = ""
     if world.is_first:
-        answer = _decide_quietly(run, world.size, memory)
+        answer = _decide_quietly(run, world, memory)
     answer = world.broadcast(answer)
     if isinstance(answer, str):
         raise ConfigError(answer)
@@ -125,13 +135,13 @@ def decide_here(run: RunConfig, world: World) -> RunConfig:
     return answer.run
 
 
-def _decide_quietly(run: RunConfig, ranks: int, memory: int) -> Decision | str:
+def _decide_quietly(run: RunConfig, world: World, memory: int) -> Decision | str:
     """What was chosen, or why nothing can be."""
     level = log.level
     # What building a model says comes again when the run builds it.
     log.setLevel(logging.ERROR)
     try:
-        return decide(run, ranks, memory)
+        return decide(Planner(run, world.size, None, device=world.device), memory)
     except ConfigError as error:
         return str(error)
     finally:

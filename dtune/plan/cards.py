@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from dtune.config.planning import PlanSettings
 from dtune.config.suggest import did_you_mean, near_options
 from dtune.errors import ConfigError
 from dtune.measure.cards import CARDS, GB, TB, TERA, Card, card_of_device
 
-__all__ = ["Card", "card_here", "card_of_device", "choose_card", "find_card"]
+__all__ = ["Card", "choose_card", "device_here", "find_card", "limit_of"]
 
 _NEEDED = ("tflops", "memory_gb", "bandwidth_tb")
 _LINKS = ("link_gb", "network_gb")
 _GIVEN = "as given"
+HOW = (
+    "the rates of its data sheet: tflops=(dense bf16 TFLOP/s) memory_gb=(GB) bandwidth_tb=(TB/s), "
+    "and for several cards link_gb=(GB/s to a card of the node) network_gb=(GB/s to other nodes)"
+)
 
 
 def find_card(name: str) -> Card:
@@ -28,54 +31,86 @@ def find_card(name: str) -> Card:
     names = [card.name for card in CARDS]
     raise ConfigError(
         f"card={name} is not in the table of cards ({', '.join(names)})"
-        f"{did_you_mean([f'card={near}' for near in near_options(wanted, names)])}; give the rates "
-        "of its data sheet: tflops=(dense bf16 TFLOP/s) memory_gb=(GB) bandwidth_tb=(TB/s), and "
-        "for several cards link_gb=(GB/s to a card of the node) network_gb=(GB/s to other nodes)"
+        f"{did_you_mean([f'card={near}' for near in near_options(wanted, names)])}; give {HOW}"
     )
 
 
-def card_here() -> Card | None:
-    """The card of this machine; None where it has none, or one that the table does not have."""
-    if not torch.cuda.is_available():
-        return None
-    card = card_of_device(torch.cuda.get_device_name())
+def device_here() -> str:
+    """What CUDA calls the GPU of this machine; empty where it has none."""
+    import torch  # only now, because a wrong name is answered before it is imported
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def _memory_here() -> float:
+    import torch  # see device_here
+
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def limit_of(card: Card | None) -> float:
+    """Bytes that a rank may take; ConfigError where nothing says how many."""
     if card is None:
-        return None
-    return replace(card, memory=float(torch.cuda.get_device_properties(0).total_memory))
+        raise ConfigError(
+            "find= and auto look for what fits a card, and none is named and none is here; name "
+            "it: card=h200 (docs/plan.md has the others)"
+        )
+    return card.memory
 
 
 def choose_card(settings: PlanSettings, ranks: int) -> Card | None:
-    """The card that the settings of a plan name; None where there is none to be predicted for."""
-    if settings.card == "none":
-        return None
+    """The card that the settings of a plan name; None where there is none to be predicted for.
+
+    Raises:
+        ConfigError: It is not in the table, and not every rate of it is given.
+    """
     given = [key for key in (*_NEEDED, *_LINKS) if getattr(settings, key)]
-    card = card_here() if settings.card == "auto" else _named(settings, ranks, given)
-    if card is None:
-        if given:
-            raise ConfigError(
-                f"{given[0]} is a rate of a card, and this machine has none of the table; name "
-                "the card: card=NAME"
-            )
+    if settings.card == "none":
+        card = None
+    elif settings.card == "auto":
+        card = _card_of_this_machine(ranks, given)
+    else:
+        card = _named(settings.card, ranks, given)
+    if card is None and given:
+        raise ConfigError(
+            f"{given[0]} is a rate of a card, and none is named and none is here; name the card: "
+            "card=NAME"
+        )
+    return None if card is None else _with_rates(card, settings)
+
+
+def _card_of_this_machine(ranks: int, given: Sequence[str]) -> Card | None:
+    """With the memory that it has; None where there is none, or nothing is said of an unknown."""
+    device = device_here()
+    if not device:
         return None
-    return _with_rates(card, settings)
+    card = card_of_device(device)
+    if card is None:
+        if not given:
+            return None
+        card = _of_rates(device, ranks, [*given, "memory_gb"])
+    return replace(card, memory=_memory_here())
 
 
-def _named(settings: PlanSettings, ranks: int, given: list[str]) -> Card:
-    needed = [*_NEEDED, *(_LINKS if ranks > 1 else ())]
+def _named(name: str, ranks: int, given: Sequence[str]) -> Card:
     try:
-        return find_card(settings.card)
+        return find_card(name)
     except ConfigError:
-        missing = [key for key in needed if key not in given]
-        if len(missing) == len(needed):
+        if not given:
             raise
-        if missing:
-            raise ConfigError(
-                f"card={settings.card} is not in the table of cards; of its rates "
-                f"{', '.join(missing)} are missing"
-            ) from None
-    # Every rate is put in by the caller. Of what nothing was said, the slowest is taken.
+    return _of_rates(name, ranks, given)
+
+
+def _of_rates(name: str, ranks: int, given: Sequence[str]) -> Card:
+    """A card that the table does not have, for the caller to put its rates in."""
+    needed = [*_NEEDED, *(_LINKS if ranks > 1 else ())]
+    if missing := [key for key in needed if key not in given]:
+        raise ConfigError(
+            f"{name} is not in the table of cards; of its rates {', '.join(missing)} are missing"
+        )
+    # Of what nothing is said, the slowest is taken.
     slowest = min(CARDS, key=lambda card: card.half_flops)
-    return replace(slowest, name=settings.card, fp8_flops=None, words=(), source=_GIVEN)
+    return replace(slowest, name=name, fp8_flops=None, source=_GIVEN)
 
 
 def _with_rates(card: Card, settings: PlanSettings) -> Card:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from dtune.optim.schema import OptimConfig, same_rate
 from dtune.parallel.base import COMPUTE_DTYPES
 from dtune.parallel.footprint import Footprint, Planned
 from dtune.parallel.schema import ParallelConfig
-from dtune.plan.trace import Regime, Tracer
+from dtune.plan.trace import Regime, Tracer, kept_weights
 from dtune.quant.layout import CODES, PARTS
 from dtune.runtime.schema import Precision, Recompute
 from dtune.types import IGNORE_INDEX, Batch, ModelSpec
@@ -69,19 +70,19 @@ class MemoryPlan:
     ranks: int
     scales: float
     """Of the frozen weights' bytes, the part that is scales of a quantised base."""
+    kept: int
+    """Weights that stay dequantised beside their bytes."""
     on_gpu: bool
 
-    @property
-    def always(self) -> int:
-        """On the device all the time, but gradients."""
-        held = self.held
-        own = held.frozen + held.masters + held.copies + held.optimizer
-        return 0 if held.on_host else own
+    def _of_device(self, name: str) -> int:
+        """What of the footprint is on the device. A CPU has no other memory to offload to."""
+        size: int = vars(self.held)[name]
+        return 0 if self.on_gpu and name in self.held.host else size
 
     @property
     def gradients(self) -> int:
         """On the device."""
-        return 0 if self.held.on_host else self.held.gradients
+        return self._of_device("gradients")
 
     @property
     def waiting(self) -> int:
@@ -92,7 +93,9 @@ class MemoryPlan:
     def device_bytes(self) -> int:
         """All that is on the device at once, at the end of the forward pass."""
         held = self.held
-        return self.always + self.gradients + held.gathered + held.buckets + self.waiting
+        always = sum(map(self._of_device, ("frozen", "masters", "copies", "optimizer")))
+        passing = held.gathered + held.buckets
+        return always + self.kept + self.gradients + passing + self.waiting
 
     @property
     def workspace(self) -> int:
@@ -113,16 +116,17 @@ class MemoryPlan:
     def parts(self) -> list[Part]:
         """What takes how much; the sums of the columns are low, likely and high."""
         held, saved = self.held, self.saved
-        here = 0 if held.on_host else 1
-        scales = round(held.frozen * self.scales)
+        frozen = self._of_device("frozen")
+        scales = round(frozen * self.scales)
         before = self.gradients if self.accumulates else 0
         least = max(before, self.gradients - self.waiting)
         exact = [
-            ("frozen weights", here * (held.frozen - scales)),
-            ("quantisation scales", here * scales),
-            ("trained parameters", here * held.masters),
-            ("  in the compute dtype", here * held.copies),
-            ("optimizer state", here * held.optimizer),
+            ("frozen weights", frozen - scales),
+            ("quantisation scales", scales),
+            ("weights kept dequantised", self.kept),
+            ("trained parameters", self._of_device("masters")),
+            ("  in the compute dtype", self._of_device("copies")),
+            ("optimizer state", self._of_device("optimizer")),
             ("saved activations", saved.activations - saved.logits),
             ("saved logits", saved.logits),
             ("  weights cast by autocast", saved.copies),
@@ -164,9 +168,7 @@ class MemoryPlan:
     @property
     def host_bytes(self) -> int:
         """In host memory: what is offloaded."""
-        held = self.held
-        own = held.frozen + held.masters + held.copies + held.gradients + held.optimizer
-        return self.saved.offloaded + (own if held.on_host else 0)
+        return self.saved.offloaded + (self.held.host_bytes if self.on_gpu else 0)
 
     def rows(self) -> list[str]:
         """The parts as a table, as ``dtune plan`` prints it."""
@@ -174,12 +176,16 @@ class MemoryPlan:
         shown = [*self.parts(), total]
         width = max(len(part.name) for part in shown)
         head = f"{'GiB':<{width}}  {'low':>10}{'likely':>10}{'high':>10}{'likely, bytes':>20}"
-        return [head, *(_row(part, width) for part in shown), *self._of_host()]
+        rows = [head, *(_row(part, width) for part in shown)]
+        if wide := self.saved.wide:
+            rows.append(f"of it logits, or those of a chunk: at most {_in_full(wide)} at once")
+        if self.host_bytes:
+            rows.append(f"in host memory: {_in_full(self.host_bytes)}")
+        return rows
 
-    def _of_host(self) -> list[str]:
-        if not self.host_bytes:
-            return []
-        return [f"in host memory: {self.host_bytes / GIB:.3f} GiB, {self.host_bytes:,} bytes"]
+
+def _in_full(size: int) -> str:
+    return f"{size / GIB:.3f} GiB, {size:,} bytes"
 
 
 def _row(part: Part, width: int) -> str:
@@ -215,6 +221,7 @@ def plan_memory(
         accumulates=request.accumulates or held.gradients_stay,
         ranks=request.ranks,
         scales=share_of_scales(model),
+        kept=sum(weight.nbytes for weight in kept_weights(model)),
         on_gpu=request.device.type == "cuda",
     )
 
@@ -274,7 +281,10 @@ def request_of(
 
 
 def full_batch(rows: int, width: int, *, documents: int = 2) -> Batch:
-    """A micro batch of packed rows of so many documents, trained on all that can be predicted."""
+    """A micro batch of packed rows of so many documents, trained on all that can be predicted.
+
+    Two documents are the fewest with which attention holds what packed rows have it hold.
+    """
     length = -(-width // documents)
     places = torch.arange(width)
     position_ids = (places % length).expand(rows, width)
@@ -291,20 +301,11 @@ def full_batch(rows: int, width: int, *, documents: int = 2) -> Batch:
     )
 
 
-def as_whole_rows(batch: Batch) -> Batch:
-    """The same tokens and targets, each row as one document without padding.
-
-    What torch's causal attention then keeps is what kernels for GPUs keep of any documents, which
-    take no masks.
-    """
-    places = torch.arange(batch.input_ids.shape[1]).expand(batch.input_ids.shape)
-    return replace(
-        batch,
-        position_ids=places,
-        document_ids=torch.zeros_like(places),
-        attention_mask=None,
-        num_documents=len(places),
-    )
+def mean_length_of(batch: Batch) -> float:
+    """Of the documents of a batch, weighted by tokens."""
+    starts = (batch.position_ids == 0).flatten().nonzero().flatten().tolist()
+    lengths = [stop - start for start, stop in pairwise([*starts, batch.num_slots])]
+    return float(sum(length * length for length in lengths) / batch.num_slots)
 
 
 def plain_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

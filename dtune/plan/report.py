@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dtune.measure.cards import GB, TB, TERA, Card
+from dtune.measure.cards import GB, TB, TERA, Card, card_of_device
 from dtune.measure.memory import GIB
+from dtune.plan.cards import HOW, device_here
 from dtune.plan.run import RunPlan
 from dtune.plan.solve import Choice
 from dtune.plan.times import ASSUMPTIONS, Sent
@@ -18,6 +19,11 @@ SHOWN = 10
 def card_rows(card: Card | None) -> list[tuple[str, str]]:
     """The card's rates, and where they are from."""
     if card is None:
+        device = device_here()
+        if device and card_of_device(device) is None:
+            return [
+                ("card", f"{device}, of this machine, is not in the table; for times give {HOW}")
+            ]
         return [("card", "none is named and none is here: card=h200 gives times and what fits")]
     rates = (
         f"{card.name}: {card.half_flops / TERA:,.0f} TFLOP/s bf16, {card.memory / GIB:.1f} GiB at "

@@ -6,25 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
+from transformers import PretrainedConfig
 
-from dtune.build import BuiltModel, build_trained_model
+from dtune.build import STORAGE, BuiltModel, build_trained_model
 from dtune.config.run import RunConfig
 from dtune.config.support import accumulation_steps
 from dtune.errors import ConfigError
 from dtune.measure.cards import Card
 from dtune.measure.operations import Operation
+from dtune.models.attention import VARLEN
 from dtune.models.load import locate
 from dtune.models.schema import Attention, ModelConfig
 from dtune.parallel.footprint import MASTER
 from dtune.plan.memory import (
     MemoryPlan,
     MemoryRequest,
-    as_whole_rows,
     full_batch,
+    mean_length_of,
     plain_loss,
     plan_memory,
     planned_of,
@@ -97,29 +100,29 @@ class Planner:
     else.
     """
 
-    def __init__(self, run: RunConfig, ranks: int, card: Card | None, *, per_node: int = 8) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        ranks: int,
+        card: Card | None,
+        *,
+        per_node: int = 8,
+        device: torch.device | None = None,
+    ) -> None:
+        """``device`` is where the run computes; without one it is planned for GPUs."""
         self.run, self.ranks, self.card = run, ranks, card
-        self.built = build_planned(run)
+        self.built = build_planned(run, device)
         self._per_node = per_node
-        first = self.request(run)
-        self._tracer = Tracer(self.built.model, self.built.spec, first.device)
-        # Planned for a GPU that is not here, whose attention would take no masks.
-        self._unmasked = (
-            card is not None
-            and first.device.type == "cpu"
-            and run.model.attention is Attention.auto
-            and run.precision.name is not Precision.fp32
-            and self.built.model.config._attn_implementation == "sdpa"
-        )
+        here = self.request(run).device
+        self._tracer = Tracer(self.built.model, self.built.spec, here)
+        config = self.built.model.config
+        if card is not None and here.type == "cpu" and _is_packed_on_gpus(run, config):
+            config._attn_implementation = VARLEN
 
-    def limit(self) -> float:
-        """Bytes that a rank may take; ConfigError where nothing says how many."""
-        if self.card is None:
-            raise ConfigError(
-                "find= and auto look for what fits a card, and none is named and none is here; "
-                "name it: card=h200 (docs/plan.md has the others)"
-            )
-        return self.card.memory
+    @property
+    def attention(self) -> str:
+        """Implementation that is counted, by its name in transformers."""
+        return str(self.built.model.config._attn_implementation)
 
     def with_rows(self, run: RunConfig, rows: int) -> RunConfig:
         """Settings with a micro batch of so many rows, and a step of as many micro batches."""
@@ -135,14 +138,12 @@ class Planner:
         return request_of(run, self.built, self.ranks, accumulates=accumulates)
 
     def batch(self, run: RunConfig) -> Batch:
-        """A micro batch of settings in which every token is trained on."""
+        """A micro batch of settings: rows of two documents, every token of which is trained on."""
         return full_batch(run.train.micro_batch_size, run.data.max_length)
 
     def memory(self, run: RunConfig, batch: Batch | None = None) -> MemoryPlan:
         """Memory under settings; without a batch every token of a full one is trained on."""
         used = batch or self.batch(run)
-        if self._unmasked:
-            used = as_whole_rows(used)
         model, spec = self.built.model, self.built.spec
         try:
             plan = plan_memory(
@@ -165,6 +166,8 @@ class Planner:
         collectives = run.parallel.traffic(planned, micros=micros)
         sent = tuple(send(one, self.card, per_node=self._per_node) for one in collectives)
         width = run.data.max_length if batch is None else batch.input_ids.shape[1]
+        if mean_length is None:
+            mean_length = mean_length_of(self.batch(run))
         flops = flops_model(self.built.matrices, self.built.spec)
         times = None
         if self.card is not None:
@@ -174,7 +177,7 @@ class Planner:
                 micros=micros,
                 trained=memory.held.masters // MASTER,
                 sent=sent,
-                to_host=micros * memory.saved.offloaded + _of_offloaded_state(memory),
+                copied=_copied(memory, micros),
             )
         return RunPlan(
             memory=memory,
@@ -182,17 +185,31 @@ class Planner:
             micros=micros,
             slots=run.train.global_batch_size * width,
             operations=memory.saved.operations,
-            model_flops=flops.per_token(width if mean_length is None else mean_length),
+            model_flops=flops.per_token(mean_length),
             sent=sent,
             card=self.card,
             times=times,
         )
 
 
-def _of_offloaded_state(memory: MemoryPlan) -> int:
-    """Bytes that cross to the host in a step where it has parameters and gradients."""
+def _is_packed_on_gpus(run: RunConfig, config: PretrainedConfig) -> bool:
+    """Whether a GPU would take the variable-length kernel where this machine takes torch's own."""
+    is_left = run.model.attention is Attention.auto and run.precision.name is not Precision.fp32
+    return is_left and config._attn_implementation == "sdpa"
+
+
+def _copied(memory: MemoryPlan, micros: int) -> int:
+    """Bytes of a step that cross between host and card, in either direction.
+
+    Activations go and come back; parameters in host memory come for forward and for backward of
+    each micro batch, and others once, when masters have been stepped there; gradients go once.
+    """
     held = memory.held
-    return held.frozen + held.masters + held.gradients if held.on_host else 0
+    computed_with = held.copies or held.masters
+    passing = held.frozen + computed_with if "frozen" in held.host else 0
+    once = 0 if passing or not held.host else computed_with
+    gradients = held.gradients if "gradients" in held.host else 0
+    return 2 * micros * (memory.saved.offloaded + passing) + once + gradients
 
 
 def plan_run(run: RunConfig, world_size: int, card: Card | None) -> RunPlan:
@@ -200,9 +217,12 @@ def plan_run(run: RunConfig, world_size: int, card: Card | None) -> RunPlan:
     return Planner(run, world_size, card).plan(run)
 
 
-def build_planned(run: RunConfig) -> BuiltModel:
-    """The run's model on the meta device with its method in place."""
-    return build_trained_model(replace(run, model=reachable(run.model)), load=False)
+def build_planned(run: RunConfig, device: torch.device | None = None) -> BuiltModel:
+    """The run's model on the meta device with its method in place; ``device``: see ``Planner``."""
+    found = replace(run, model=reachable(run.model))
+    built = build_trained_model(found, load=False, device=device)
+    built.quantizer.cache(built.model, STORAGE[run.precision.name])
+    return built
 
 
 def reachable(model: ModelConfig) -> ModelConfig:

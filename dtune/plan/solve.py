@@ -11,6 +11,7 @@ from dtune.errors import ConfigError
 from dtune.measure.memory import GIB
 from dtune.measure.passes import Passes
 from dtune.parallel.schema import PARALLEL, ParallelConfig, engines
+from dtune.plan.cards import limit_of
 from dtune.plan.run import Planner, RunPlan
 from dtune.plan.search import largest_counted
 from dtune.runtime.schema import Recompute
@@ -79,7 +80,7 @@ def _find(
     *,
     least: int = 1,
 ) -> Solution:
-    limit = planner.limit()
+    limit = limit_of(planner.card)
     template = planner.memory(put(planner.run, first))
 
     def high(passes: Passes) -> int:
@@ -158,7 +159,7 @@ def _best(planner: Planner, parallel: ParallelConfig, recompute: Recompute) -> C
             other = replace(run, parallel=parallel, train=train)
             if not is_legal(other, planner.ranks):
                 break
-            if planner.memory(other).high <= planner.limit():
+            if planner.memory(other).high <= limit_of(planner.card):
                 settings = (
                     f"parallel={parallel.name}",
                     f"train.recompute={recompute.value}",

@@ -22,14 +22,16 @@ LINKS = 0.80
 LAUNCH = 6e-6
 """Seconds in which the host starts one operation of an eager model."""
 ADAM_BYTES = 40
-"""Moved for each trained element in a step: gradient, master and two moments, and clipping."""
+"""Moved for each trained element in a step: gradient, master and two fp32 moments, clipping."""
 
 ASSUMPTIONS = (
     f"products of matrices at {PRODUCTS:.0%} of the card's peak, attention at {ATTENTION:.0%}",
-    f"every other operation reads and writes its tensors at {MEMORY:.0%} of memory bandwidth",
+    f"every other operation reads and writes its tensors at {MEMORY:.0%} of memory bandwidth, and "
+    f"the optimizer, AdamW whichever it is, {ADAM_BYTES} bytes a trained parameter",
     f"the host starts an operation in {LAUNCH * 1e6:.0f} us, and the card never waits for data",
     f"collectives are rings at {LINKS:.0%} of links, of several nodes through every card's adapter",
-    "gathers and bucketed reductions run beside the passes, one bucket of gradients after them",
+    "gathers and bucketed reductions run beside the passes, one bucket of gradients after them, "
+    "and copies between card and host beside both",
     "evaluation, checkpoints, compilation and the first steps are not in it",
 )
 
@@ -49,7 +51,7 @@ class Times:
     """Seconds of one optimizer step, and what they follow from."""
 
     floor: float
-    """What is computed, at the card's peak."""
+    """All that is computed, at the card's peak for products."""
     passes: float
     optimizer: float
     exposed: float
@@ -67,11 +69,10 @@ def rate_of(card: Card, dtype: torch.dtype) -> float:
 
 
 def floor_seconds(operations: Mapping[Operation, int], card: Card) -> float:
-    """Products and attention at the card's peak."""
+    """All that is computed, at the card's peak for products."""
     return sum(
         count * operation.flops / rate_of(card, operation.dtype)
         for operation, count in operations.items()
-        if operation.kind != "other"
     )
 
 
@@ -110,7 +111,7 @@ def predict(
     micros: int,
     trained: int,
     sent: Sequence[Sent],
-    to_host: int,
+    copied: int,
 ) -> Times:
     """Seconds of a step.
 
@@ -120,12 +121,12 @@ def predict(
         micros: Micro batches of a step.
         trained: Elements that this rank's optimizer steps.
         sent: Collectives of a step.
-        to_host: Bytes of a step that go to the host's memory, and back.
+        copied: Bytes of a step that cross between the card and the host's memory.
     """
     passes = micros * pass_seconds(operations, card)
     optimizer = trained * ADAM_BYTES / (MEMORY * card.bandwidth)
     beside = sum(one.seconds for one in sent if one.collective.overlaps)
     after = sum(one.seconds for one in sent if not one.collective.overlaps)
-    copies = 2 * to_host / (LINKS * card.host_link)
+    copies = copied / (LINKS * card.host_link)
     exposed = after + max(0.0, beside - passes) + max(0.0, copies - passes)
     return Times(micros * floor_seconds(operations, card), passes, optimizer, exposed)

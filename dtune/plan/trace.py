@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dtune.measure.passes import Passes, Setting, count_passes, empty_model
 from dtune.parallel.wrap import blocks_of, wrap_blocks
 from dtune.peft.prefix import PrefixTokens
+from dtune.quant.linear import QuantizedLinear
 from dtune.runtime.schema import Recompute
 from dtune.types import Batch, ModelSpec
 
@@ -85,6 +86,7 @@ class Tracer:
     def _count_all(self, batch: Batch, loss: Loss, regime: Regime, *, whole: bool) -> Passes:
         if self._trained_dtype is not regime.trained_dtype:
             empty_model(self._model, self._mode, regime.trained_dtype, self._device)
+            self._empty_kept()
             self._trained_dtype = regime.trained_dtype
         shortened = [min(run, KEPT) for run in self._runs]
         if whole or not self._can_shorten or shortened == self._runs:
@@ -97,6 +99,14 @@ class Tracer:
             each = self._count(longer, batch, loss, regime).plus(base, -1)
             total = total.plus(each, run - kept)
         return total
+
+    def _empty_kept(self) -> None:
+        """Replace weights that stay dequantised by ones without values as well."""
+        for linear in self._model.modules():
+            if isinstance(linear, QuantizedLinear) and linear.floats is not None:
+                shape, dtype = linear.floats.shape, linear.floats.dtype
+                with self._mode:
+                    linear.floats = torch.empty(shape, dtype=dtype, device=self._device)
 
     @property
     def _can_shorten(self) -> bool:
@@ -121,15 +131,23 @@ class Tracer:
                 batch,
                 loss,
                 setting,
+                besides=kept_weights(self._model),
                 last_block=blocks[-1] if blocks else None,
                 offloaded=lambda: 0 if offloader is None else offloader.host_bytes,
             )
 
 
+def kept_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Weights that stay dequantised beside their bytes."""
+    linears = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    return [linear.floats for linear in linears if linear.floats is not None]
+
+
 def _shape(batch: Batch) -> tuple[object, ...]:
-    """All of a batch that passes depend on."""
+    """All of a batch that passes depend on: of documents their number and their squares' sum."""
     masked = batch.attention_mask is not None
-    return (tuple(batch.input_ids.shape), masked, batch.num_targets, batch.num_documents)
+    documents = (batch.num_documents, int(batch.position_ids.sum()))
+    return (tuple(batch.input_ids.shape), masked, batch.num_targets, *documents)
 
 
 def _lists_of(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.ModuleList]:
@@ -167,7 +185,12 @@ def _signature(block: nn.Module) -> tuple[object, ...]:
         (name, tuple(one.shape), one.dtype, one.requires_grad)
         for name, one in (*block.named_parameters(), *block.named_buffers())
     )
-    return (modules, tensors)
+    kept = tuple(
+        name
+        for name, one in block.named_modules()
+        if isinstance(one, QuantizedLinear) and one.floats is not None
+    )
+    return (modules, tensors, kept)
 
 
 @contextmanager

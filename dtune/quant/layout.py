@@ -260,6 +260,8 @@ class ByteWeight:
 
     layout: Layout
     parts: tuple[torch.Tensor, ...]
+    floats: torch.Tensor | None = None
+    """The weight [O, K], where it is kept dequantised as well."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -267,7 +269,9 @@ class ByteWeight:
         return self.layout.shape
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight [O, K], contiguous, newly allocated."""
+        """Return the weight [O, K], contiguous, not to be written to: it may be the one kept."""
+        if self.floats is not None and self.floats.dtype == dtype:
+            return self.floats
         return self.layout.weight(self.parts).dequantize(dtype)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:

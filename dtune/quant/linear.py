@@ -17,13 +17,15 @@ from dtune.quant.layout import ByteWeight, Layout
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b, with W dequantised for each use and never kept.
+    """y = x W^T + b, with W dequantised for each use, and kept only by ``keep_floats``.
 
     The parts of W (see ``dtune.quant.layout``) are uint8 parameters that are never trained.
     Computes in the dtype of autocast, else in that of x.
     """
 
     bias: nn.Parameter | None
+    floats: torch.Tensor | None
+    """W [O, K], where it is kept; no parameter or buffer, so that nobody saves or shards it."""
 
     def __init__(self, layout: Layout, bias: nn.Parameter | None, device: torch.device) -> None:
         super().__init__()
@@ -33,11 +35,17 @@ class QuantizedLinear(nn.Module):
             data = torch.empty(size, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
         self.bias = bias
+        self.floats = None
+
+    @torch.no_grad()
+    def keep_floats(self, dtype: torch.dtype) -> None:
+        """Dequantise W once, for all uses in that dtype, from the bytes as they are now."""
+        self.floats = self.frozen_weight().dequantize(dtype)
 
     def frozen_weight(self) -> ByteWeight:
         """W over the parameters as they are now."""
         parts = tuple(self.get_parameter(name) for name in self.layout.sizes)
-        return ByteWeight(self.layout, parts)
+        return ByteWeight(self.layout, parts, self.floats)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., O]."""
@@ -45,7 +53,7 @@ class QuantizedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.frozen_weight()
-        y: torch.Tensor = apply(_FrozenLinear, x, bias, weight.layout, *weight.parts)
+        y: torch.Tensor = apply(_FrozenLinear, x, bias, weight.layout, weight.floats, *weight.parts)
         return y
 
     def extra_repr(self) -> str:
@@ -58,12 +66,17 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layout: Layout, *parts: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        layout: Layout,
+        floats: torch.Tensor | None,
+        *parts: torch.Tensor,
     ) -> torch.Tensor:
         """[..., K] -> [..., O]."""
         ctx.save_for_backward(*parts)
-        ctx.layout = layout
-        return F.linear(x, ByteWeight(layout, parts).dequantize(x.dtype), bias)
+        ctx.layout, ctx.floats = layout, floats
+        return F.linear(x, ByteWeight(layout, parts, floats).dequantize(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -73,7 +86,7 @@ class _FrozenLinear(torch.autograd.Function):
         parts = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ByteWeight(ctx.layout, parts).dequantize(dy.dtype)
+            dx = dy @ ByteWeight(ctx.layout, parts, ctx.floats).dequantize(dy.dtype)
         if ctx.needs_input_grad[1]:
             dbias = dy.flatten(0, -2).sum(dim=0)
-        return dx, dbias, None, *[None] * len(parts)
+        return dx, dbias, None, None, *[None] * len(parts)

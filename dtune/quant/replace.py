@@ -14,9 +14,11 @@ from dtune.quant.linear import QuantizedLinear
 from dtune.quant.schema import ByteConfig, FourBitConfig
 from dtune.quant.source import QuantizedSource
 from dtune.quant.stored import check_stored_linears, check_stored_settings
+from dtune.runtime.logs import log
 from dtune.types import ModelSpec, Renamer, Role, TensorSource
 
 ALL_LINEAR = "all-linear"
+GIB = 1 << 30
 
 LayoutOf = Callable[[tuple[int, int]], Layout]
 
@@ -78,6 +80,36 @@ class ByteQuantizer:
                     parent._modules[name] = replaced[child]
         check_stored_linears(model, spec, stored_name)
         return {"QuantizedLinear": len(replaced)}
+
+    def cache(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Keep weights of a loaded model dequantised, one after another, as ``cache_gib`` allows.
+
+        Raises:
+            ConfigError: It has no room for any.
+        """
+        if not self._config.cache_gib:
+            return
+        room = int(self._config.cache_gib * GIB)
+        linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        left, kept = room, 0
+        for linear in linears:
+            size = linear.layout.numel * dtype.itemsize
+            if size <= left:
+                linear.keep_floats(dtype)
+                left, kept = left - size, kept + 1
+        if not kept:
+            least = min(linear.layout.numel for linear in linears) * dtype.itemsize
+            raise ConfigError(
+                f"quant.cache_gib={self._config.cache_gib:g} has no room for any weight: the "
+                f"smallest takes {least / GIB:.3g} GiB; raise it, or set quant.cache_gib=0"
+            )
+        log.info(
+            "quant.cache_gib=%g: %d of %d weights stay dequantised, %.3g GiB",
+            self._config.cache_gib,
+            kept,
+            len(linears),
+            (room - left) / GIB,
+        )
 
     def source(self, weights: TensorSource) -> TensorSource:
         """``weights`` with the bytes of what was replaced."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -66,8 +66,24 @@ class Stateful(Protocol):
         ...
 
 
-OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], "Optimizer"]
-"""Builds the optimizer from the named trainable parameters, in groups (decay, no decay)."""
+class OptimizerFactory(Protocol):
+    """Builds the optimizer from the named trainable parameters, in groups (decay, no decay)."""
+
+    def __call__(self, named: Iterable[tuple[str, nn.Parameter]], /, *, whole: bool) -> Optimizer:
+        """``whole``: parameters and gradients are whole tensors, to be put where it likes."""
+        ...
+
+
+@runtime_checkable
+class GathersGradients(Protocol):
+    """An optimizer over one buffer, which reads ``found_inf`` on the device."""
+
+    found_inf: torch.Tensor | None
+
+    def gather(self) -> torch.Tensor:
+        """The buffer [n] with all gradients of the step, of which they have become views."""
+        ...
+
 
 ScheduleFactory = Callable[["Optimizer"], "LRScheduler"]
 

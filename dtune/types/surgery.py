@@ -117,6 +117,10 @@ class Quantizer(Protocol):
         """
         ...
 
+    def cache(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Keep weights of a loaded model dequantised to the compute dtype as well, if asked to."""
+        ...
+
     def source(self, weights: TensorSource) -> TensorSource:
         """``weights`` with the bytes of what ``quantize`` replaced, made while they are read.
 

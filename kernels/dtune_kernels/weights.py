@@ -16,7 +16,7 @@ class QuantizedWeight(Protocol):
         ...
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight [O, K], contiguous, newly allocated, by one launch."""
+        """Return the weight [O, K], contiguous, not to be written to; by one launch at most."""
         ...
 
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -84,7 +84,7 @@ class Zeros:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Zeros."""
-        return torch.zeros(stop - start)
+        return torch.zeros(()).expand(stop - start)
 
 
 def empty_engine(world: World, setup: Setup) -> Engine:
@@ -112,17 +112,19 @@ def take_census(
     """Train one step, and count in the second.
 
     ``planned`` is only what a count is waited for to fall to; what is counted is returned. With
-    ``zeros`` by one process, over no values.
+    ``zeros`` by one process, over no values, in a first step of one micro batch.
     """
     engine = empty_engine(world, setup) if zeros else build_engine(world, setup)
     batch = make_batch(0, 0, packed=setup.packed).to(world.device)
-    for last in (False, True):
-        _micro(engine, batch, last=last)
-    engine.clip(1.0)
-    engine.step()
+    micros = (True,) if zeros else (False, True)
+    if not zeros:
+        for last in micros:
+            _micro(engine, batch, last=last)
+        engine.clip(1.0)
+        engine.step()
     found = Census()
     model = engine.module
-    for last in (False, True):
+    for last in micros:
         tally = StorageTally()
         with tally, engine.micro(last=last):
             loss = causal_loss(engine.model, batch).total

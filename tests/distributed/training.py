@@ -19,7 +19,7 @@ from dtune.models.schema import Attention, Init, ModelConfig
 from dtune.models.sources import ChainedSource, RenamedSource
 from dtune.objectives.causal import causal_loss
 from dtune.optim.schedules import build_schedule
-from dtune.optim.schema import OPTIM
+from dtune.optim.schema import OPTIM, OptimConfig
 from dtune.optim.schema.schedule import ScheduleConfig, Shape
 from dtune.parallel.base import COMPUTE_DTYPES
 from dtune.parallel.schema import PARALLEL
@@ -62,6 +62,7 @@ class Setup:
     """Micro batches of one step over all ranks."""
     packed: bool = False
     optim: str = "adamw"
+    optim_options: tuple[tuple[str, Any], ...] = ()
     lr: float = 3e-3
     max_norm: float = 1.0
     recompute: str = "none"
@@ -172,10 +173,7 @@ def build(world: World, setup: Setup, *, saved: Path | None = None) -> Built:
         model,
         spec,
         source=source,
-        optimizer=partial(
-            OPTIM.config(setup.optim)(lr=setup.lr, weight_decay=0.1).build,
-            rate_factor=method.rate_factor,
-        ),
+        optimizer=partial(_optim(setup).build, rate_factor=method.rate_factor),
         schedule=partial(build_schedule_of, schedule),
         recompute=Recompute(setup.recompute),
         compile_blocks=setup.compile_blocks,
@@ -183,6 +181,11 @@ def build(world: World, setup: Setup, *, saved: Path | None = None) -> Built:
     )
     engine.model.train()
     return Built(engine, method, stored, held, frozen)
+
+
+def _optim(setup: Setup) -> OptimConfig:
+    options = dict(setup.optim_options)
+    return OPTIM.config(setup.optim)(lr=setup.lr, weight_decay=0.1, **options)
 
 
 def build_schedule_of(config: ScheduleConfig, optimizer: torch.optim.Optimizer) -> Any:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
+from torch.profiler import ProfilerActivity, profile
 
+from dtune.models.attention_backends import MaskKind, backends
 from dtune.models.schema import Attention
+from dtune.types import NUM_DOCUMENTS
 from tests.gpu.attention import (
     FLASH,
     load_model,
@@ -17,6 +21,12 @@ from tests.gpu.attention import (
     save_model,
     tokens,
 )
+
+KERNELS = {
+    SDPBackend.CUDNN_ATTENTION: "aten::_scaled_dot_product_cudnn_attention",
+    SDPBackend.FLASH_ATTENTION: "aten::_scaled_dot_product_flash_attention",
+    SDPBackend.EFFICIENT_ATTENTION: "aten::_scaled_dot_product_efficient_attention",
+}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +54,27 @@ def test_packed_logits_equal_those_alone(folder: Path, attention: str) -> None:
     together = torch.arange(64, device=device).expand(2, 64).contiguous()
     mixed = packed_logits(model, ids, together)
     assert float((mixed - exact).abs().max()) > 2 * rounding
+
+
+def test_rows_of_one_document_take_the_cards_fastest_kernel(folder: Path) -> None:
+    """Under varlen, without bounds: the same as the plainest attention, to the rounding of bf16."""
+    device = torch.device("cuda", 0)
+    ids = tokens(device)
+    rows = torch.arange(64, device=device).expand(2, 64).contiguous()
+    exact = packed_logits(load_model(folder, Attention.eager, torch.float32, device), ids, rows)
+    plain = packed_logits(load_model(folder, Attention.eager, torch.bfloat16, device), ids, rows)
+    model = load_model(folder, Attention.varlen, torch.bfloat16, device)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        out = model(
+            input_ids=ids,
+            position_ids=rows,
+            attention_mask=None,
+            use_cache=False,
+            **{NUM_DOCUMENTS: len(ids)},
+        )
+    found = out.logits.float().flatten(0, 1)
+    assert float((found - exact).abs().max()) <= 2 * float((plain - exact).abs().max())
+    ran = {event.key for event in profiler.key_averages()}
+    capability = torch.cuda.get_device_capability(device)
+    first = backends(capability, 64, torch.bfloat16, MaskKind.causal)[0]
+    assert KERNELS[first] in ran, sorted(name for name in ran if "attention" in name)

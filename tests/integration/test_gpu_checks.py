@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_checks.sh`` with a stand-in for Python: what it runs, and says of it."""
+"""The scripts for a machine with a GPU, run with a stand-in for Python, and what they say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_checks.sh"
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 STAND_IN = """#!/bin/bash
 if [[ "$*" == - ]]; then
   cat > /dev/null
@@ -21,6 +21,7 @@ else
   echo "3 passed, 0 failed"
   echo "rope, both, 8b: wanted 85% of the measured ceilings: missed by 20%, 68%"
   echo "ratio 1.0"
+  echo "| lora | 16,000 |"
   [[ -n "$FAILS" && "$*" == *"$FAILS"* ]] && exit 1
   exit 0
 fi
@@ -28,12 +29,17 @@ fi
 STEPS = ("gpu_kernels", "gpu_tests", "gpu_tests_large", "gpu_kernels_speed", "gpu_loop_overhead")
 
 
-def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+SPEED_STEPS = ("gpu_bench_llama8b", "gpu_peers_llama1b", "gpu_bench_methods", "gpu_peers_llama8b")
+
+
+def run(
+    folder: Path, script: str = "gpu_checks.sh", **environment: str
+) -> subprocess.CompletedProcess[str]:
     python = folder / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
     return subprocess.run(
-        ["bash", str(SCRIPT)],
+        ["bash", str(SCRIPTS / script)],
         capture_output=True,
         text=True,
         check=False,
@@ -92,3 +98,15 @@ def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no CUDA device" in done.stdout
     assert not verdicts(done.stdout)
+
+
+def test_speed_is_measured_beside_the_plan_and_beside_peers(tmp_path: Path) -> None:
+    done = run(tmp_path, "gpu_speed.sh", FAILS="model=llama1b")
+    assert done.returncode == 1
+    table = verdicts(done.stdout)
+    assert tuple(table) == SPEED_STEPS
+    assert [step for step, verdict in table.items() if verdict == "FAILED"] == ["gpu_peers_llama1b"]
+    ran = (tmp_path / "out" / "gpu_bench_llama8b.txt").read_text()
+    assert "peft=lora,qlora kernels=triton,torch -m" in ran
+    assert "data.max_length=4096" in ran
+    assert done.stdout.partition("\n\n")[2].count("| lora | 16,000 |") == len(SPEED_STEPS)

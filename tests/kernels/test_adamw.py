@@ -227,6 +227,26 @@ def test_an_empty_range_changes_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_blocked_update_changes_nothing_and_another_is_as_without(backend: str) -> None:
+    torch.manual_seed(0)
+    states = [torch.randn(33), torch.randn(33), torch.rand(33), torch.zeros(33, dtype=torch.half)]
+    grad = torch.randn(33)
+    numbers = {"clip_scale": None, "lr": torch.tensor(0.1), "step": torch.tensor(2), **NUMBERS}
+    results = []
+    for blocked in (None, torch.zeros(()), torch.ones(())):
+        master, exp_avg, exp_avg_sq, shadow = own = [x.clone() for x in states]
+        with BACKENDS[backend]():
+            adamw_flat_(
+                master, grad, exp_avg, exp_avg_sq, shadow=shadow, blocked=blocked, **numbers
+            )
+        results.append(own)
+    free, allowed, stopped = results
+    assert all(torch.equal(x, y) for x, y in zip(free, allowed, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(stopped, states, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(free, states, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_late_steps_are_corrected_less(backend: str) -> None:
     """From the same state, at step t the change is that of fp64, also where 1 - b^t is 1."""
     torch.manual_seed(0)
@@ -257,7 +277,8 @@ def test_late_steps_are_corrected_less(backend: str) -> None:
 def test_the_plain_path_is_torch() -> None:
     torch.manual_seed(0)
     states = [torch.randn(50), torch.randn(50), torch.randn(50), torch.rand(50)]
-    scalars = (torch.tensor(0.5), torch.tensor(1e-2), torch.tensor(3.0), 0.9, 0.999, 1e-8, 0.1)
+    numbers = (torch.tensor(0.5), torch.tensor(1e-2), torch.tensor(3.0))
+    scalars = (*numbers, None, 0.9, 0.999, 1e-8, 0.1)
     runs = []
     for function in (CATALOG["adamw_flat_"].plain, CATALOG["adamw_flat_"].reference):
         own = [x.clone() for x in states]
@@ -303,6 +324,7 @@ def test_autograd_notices_the_update(backend: str) -> None:
         ({"lr": torch.zeros(2)}, r"number of elements of lr is 2, wanted 1"),
         ({"lr": torch.tensor(1)}, r"dtype of lr is torch.int64"),
         ({"step": torch.tensor(1, dtype=torch.int32)}, r"dtype of step is torch.int32"),
+        ({"blocked": torch.tensor(True)}, r"dtype of blocked is torch.bool, wanted torch.float32"),
         ({"clip_scale": torch.zeros((), device="meta")}, r"device of clip_scale is meta"),
         ({"beta2": 1.0}, r"beta2 is 1.0, wanted at least 0 and below 1"),
     ],

@@ -18,16 +18,18 @@ def result(
     seconds: Sequence[float] = (1.0, 2.0, 3.0),
     peak_mib: int = 100,
     losses: Sequence[float] = (6.0, 5.0),
+    model: str = "tiny",
     setting: str = "plain",
     repeat: int = 0,
     reason: str = "",
 ) -> CaseResult:
     """A run with these numbers, or refused for a reason."""
-    work = parse([]).work("tiny", Path("folder"), has_gpu=False)
+    work = parse([]).work(model, Path("folder"), has_gpu=False)
+    entry = Entry(who, SETTINGS[setting], work)
     return CaseResult(
         framework=who,
-        case=setting,
-        settings=Entry(who, SETTINGS[setting], work).settings(),
+        case=entry.case,
+        settings=entry.settings(),
         status=Status.refused if reason else Status.ok,
         origin=Origin(("python", "-m", "x"), "2026-01-01", "abc", {"cpu": "c"}, {"torch": "2"}),
         reason=reason,

@@ -35,11 +35,28 @@ def test_a_sweep_comes_to_a_case_for_each_combination(plan) -> None:
 
 
 def test_one_case_is_named_by_its_method(plan) -> None:
-    (case,) = plan("experiment=quickstart", "bench.steps=7", "bench.rates.lora=4e-3")
-    assert (case.label, case.method) == ("peft=lora", "lora")
+    (case,) = plan("experiment=quickstart", "bench.steps=7")
+    assert case.label == "peft=lora"
     assert case.bench.steps == 7
-    assert case.bench.rates == {"lora": 4e-3}
     assert case.run.data.max_length == 64
+
+
+def test_each_method_has_its_rate_where_it_has_one(plan) -> None:
+    lora, full = plan("peft=lora,full", "bench.rates.full=2e-4", "optim.lr=5e-3", "-m")
+    assert (lora.run.optim.lr, full.run.optim.lr) == (5e-3, 2e-4)
+    assert full.settings["optim.lr"] == 2e-4
+    # And so has what its ranks read.
+    assert load_frozen(full.text_in(Path("/none"))).optim.lr == 2e-4
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "2"}])
+def test_ranks_of_its_own_are_refused(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"SLURM_PROCID": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["bench", "model=tiny"]) == 2
+    assert "without torchrun or srun" in capsys.readouterr().err
 
 
 def test_a_label_tells_of_what_differs_alone() -> None:
@@ -76,12 +93,18 @@ def test_the_frozen_config_of_a_case_loads_in_its_folder(plan, tmp_path: Path) -
         (["bench.train_steps=5", "data.eval_path=none"], "bench.train_steps=5 scores on held-out"),
         (["parallel=ddp", "launch.nproc=3"], "case peft=lora: train.global_batch_size=16"),
         (["bench.rates.lora=0"], "bench.rates.lora=0.0 must be above 0"),
+        (["bench.rates.lorra=1"], "bench.rates.lorra: no case has peft=lorra; did you mean lora"),
+        (["bench.out=a,b", "-m"], "bench.out is the folder of all cases"),
         (["launch=slurm"], "dtune bench measures on this machine"),
     ],
 )
-def test_a_wrong_setting_is_named_before_anything_runs(plan, settings: list[str], says) -> None:
+def test_a_wrong_setting_is_named_before_anything_runs(
+    settings: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Hydra makes the folder of a sweep before there is anything to check.
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=says):
-        plan("model=tiny", *settings)
+        plan_cases(["model=tiny", *settings])
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

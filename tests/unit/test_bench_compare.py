@@ -64,6 +64,13 @@ def test_the_spread_between_repeats_is_noise(compare) -> None:
     assert compare(runs(1.0, 1.01), runs(1.03, 1.02))[0] == 0
 
 
+def test_more_tensors_fail_even_where_libraries_hide_them(compare) -> None:
+    old = [result(numbers=measured(counted_bytes=100_000_000))]
+    code, said = compare(old, [result(numbers=measured(counted_bytes=110_000_000))])
+    assert code == 1
+    assert "tensors GiB" in said
+
+
 def test_more_memory_fails(compare) -> None:
     old = [result(numbers=measured(peak_rss_bytes=2_000_000_000))]
     assert compare(old, [result(numbers=measured(peak_rss_bytes=2_010_000_000))])[0] == 0
@@ -101,6 +108,26 @@ def test_another_machine_or_version_is_refused_without_force(
     assert code == 0
     assert says in said
     assert "tokens/s" in said
+
+
+def test_another_commit_is_told_and_compared(compare) -> None:
+    other = result()
+    other = replace(other, origin=replace(other.origin, commit="def"))
+    code, said = compare([result()], [other])
+    assert code == 0
+    assert "differs: commit: abc and def" in said
+    assert "differs" not in compare([result()], [result()])[1]
+    # Beside what refuses it stands as well.
+    other = replace(other, origin=replace(other.origin, hardware={"device": "another"}))
+    assert "commit: abc and def" in compare([result()], [other])[1]
+
+
+def test_cases_that_all_died_are_lost_and_not_of_another_machine(compare) -> None:
+    dead = without_numbers("peft=lora", Status.failed, "exit code 1")
+    dead = replace(dead, origin=replace(dead.origin, hardware={}, versions={}, commit=""))
+    code, said = compare([result()], [dead])
+    assert code == 1
+    assert "peft=lora: measured before, now failed: exit code 1" in said
 
 
 def test_other_work_under_the_same_name_is_refused(compare) -> None:

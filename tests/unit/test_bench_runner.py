@@ -11,19 +11,22 @@ from dtune_launch.spec import JobSpec
 
 from dtune.bench import runner
 from dtune.bench.cases import Case, plan_cases
-from dtune.bench.files import Failure, first_failure, read_case, write_failure
+from dtune.bench.files import Failure, first_failure, read_case, write_failure, write_origin
 from dtune.bench.record import CaseResult, Status, read_jsonl, write_jsonl
 from dtune.bench.runner import Ended, exit_code_of, run_cases
 from dtune.errors import ConfigError
+from dtune.runtime.status import State, write_status
+from dtune.runtime.status import Status as RunStatus
 from tests.unit.bench_results import measured, result, without_numbers
 
 KILLED = Ended(137, timed_out=False, stopped=False)
 DONE = Ended(0, timed_out=False, stopped=False)
 
 
-@pytest.fixture
-def cases(tmp_path: Path) -> list[Case]:
-    return plan_cases(["peft=lora,full", "bench.repeats=2", f"bench.out={tmp_path}/out", "-m"])
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    out = tmp_path_factory.mktemp("bench")
+    return plan_cases(["peft=lora,full", "bench.repeats=2", f"bench.out={out}", "-m"])
 
 
 def give_result(folder: Path) -> Ended:
@@ -98,9 +101,66 @@ def test_a_signal_ends_the_bench_and_what_was_measured_stays(run) -> None:
     assert exit_code_of(results, 4) == 1
 
 
-def test_a_folder_with_results_is_left_alone(run) -> None:
+def test_a_rank_that_linux_has_killed_is_out_of_memory_whatever_the_others_say(run) -> None:
+    def killed(folder: Path) -> Ended:
+        write_failure(folder, Failure(Status.failed, "RuntimeError: lost a peer", 5.0))
+        (folder / "case.log").write_text("traceback : Signal 9 (SIGKILL) received by PID 77\n")
+        return replace(DONE, code=1)
+
+    results, _ = run(killed)
+    assert {one.status for one in results} == {Status.oom}
+
+
+def test_a_row_without_numbers_says_where_it_was_measured(run) -> None:
+    def fail(folder: Path) -> Ended:
+        write_origin(folder, result().origin)
+        return KILLED
+
+    results, _ = run(fail)
+    assert results[0].origin == result().origin
+
+
+def test_a_process_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+    job = JobSpec("timeit", ("-n", "1", "import time; time.sleep(600)"), tmp_path, 1)
+    ended = runner.run_processes(job, tmp_path / "log", max_minutes=0.5 / 60)
+    assert (ended.code, ended.timed_out, ended.stopped) == (137, True, False)
+
+
+def test_what_was_killed_for_its_time_says_so(run) -> None:
+    results, _ = run(lambda folder: replace(KILLED, timed_out=True))
+    assert {one.status for one in results} == {Status.failed}
+    assert results[0].reason == "killed after bench.max_minutes=0"
+
+
+def test_a_signal_while_a_method_is_trained_ends_the_bench_and_keeps_the_row(
+    cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def instead(job: JobSpec, log: Path, *, max_minutes: float) -> Ended:
+        log.touch()
+        started.append(job.module)
+        if job.module == "dtune.worker":
+            write_status(job.run_dir, RunStatus(State.preempted, message="stopped by SIGTERM"))
+            return replace(DONE, code=75, stopped=True)
+        return give_result(job.run_dir)
+
+    monkeypatch.setattr(runner, "run_processes", instead)
+    scored = [replace(case, bench=replace(case.bench, train_steps=5)) for case in cases]
+    (row,) = run_cases(scored, tmp_path / "out", ["dtune", "bench"])
+    assert started == ["dtune.bench.worker", "dtune.worker"]
+    assert row.measured is not None
+    assert row.notes[-1] == "not scored: stopped by SIGTERM"
+    assert exit_code_of([row], 4) == 1
+
+
+def test_a_folder_with_a_bench_is_left_alone(run, tmp_path: Path) -> None:
     run(give_result)
-    with pytest.raises(ConfigError, match="holds results already"):
+    with pytest.raises(ConfigError, match="holds a bench already"):
+        run(give_result)
+    # Nor is one whose bench was stopped before its first result.
+    (tmp_path / "out" / "results.jsonl").unlink()
+    with pytest.raises(ConfigError, match="holds a bench already"):
         run(give_result)
 
 

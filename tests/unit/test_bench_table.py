@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dtune.bench.pages import END, with_tables
+from dtune.bench.pages import TABLES, with_tables
+from dtune.bench.pages import main as write_pages
 from dtune.bench.plots import NAMES, draw
 from dtune.bench.record import Status, write_jsonl
-from dtune.bench.table import combine, line_of, markdown
+from dtune.bench.table import combine, line_of, markdown, markdown_in_short
 from dtune.errors import ConfigError
 from tests.unit.bench_results import SCORE, measured, result, without_numbers
 
@@ -36,6 +37,9 @@ def test_a_row_has_the_medians_of_all_repeats() -> None:
     assert row["case"] == "`peft=lora`"
     assert row["tokens/s in all"] == "909"  # of the median of 1.0, 2.0 and 1.1 s
     assert row["tokens/s per device"] == "455"
+    # 1,250 positions in 1.1 s, of which 1,000 are tokens and 500 are trained on.
+    assert row["with padding, tokens/s"] == "1,136"
+    assert row["trained, tokens/s"] == "455"
     assert row["launches a step"] == "321 operations"
     assert row["planned GiB (error)"] == "2.200 (+10.0%)"
     assert row["spread"] == f"{statistics.stdev([1.0, 2.0, 1.1]) / 1.1:.1%}"
@@ -55,6 +59,24 @@ def test_one_bad_repeat_takes_the_numbers_of_the_others_away() -> None:
     (row,) = rows_of(markdown([result(), bad]))
     assert "refused" in row["case"]
     assert list(row) == ["case"]
+
+
+def test_in_short_there_is_what_methods_are_chosen_by() -> None:
+    table = markdown_in_short([result(score=SCORE), without_numbers("b", Status.oom, "no room")])
+    first, second = rows_of(table)
+    assert list(first) == [
+        *("case", "tokens/s per device", "spread", "tensors GiB"),
+        *("trained steps", "trained tokens", "held-out loss", "held-out exact_match"),
+    ]
+    assert first["tensors GiB"] == "2.000"
+    assert second["case"] == "`b`: **oom**: no room"
+    assert table.endswith("\nMeasured on device cpu, cpu a processor, cores 2.\n")
+
+
+def test_runs_of_different_work_are_no_repeats_of_each_other() -> None:
+    other = result(settings={"peft.name": "lora", "train.micro_batch_size": 4})
+    with pytest.raises(ConfigError, match="different work have one name, dtune peft=lora"):
+        markdown([result(), other])
 
 
 def test_columns_of_what_nobody_knows_are_left_out() -> None:
@@ -100,10 +122,12 @@ def test_plots_are_written_as_png_and_svg(tmp_path: Path) -> None:
 
 def test_a_marked_table_is_made_anew_from_its_file(tmp_path: Path) -> None:
     write_jsonl([result()], tmp_path / "r.jsonl")
-    page = f"before\n<!-- bench: r.jsonl -->\nold\n{END}\nafter\n"
-    made = with_tables(page, tmp_path)
-    assert made == f"before\n<!-- bench: r.jsonl -->\n{markdown([result()])}{END}\nafter\n"
+    begin, end = "before\n<!-- bench: r.jsonl -->\n", "<!-- end of bench -->\nafter\n"
+    made = with_tables(f"{begin}old\n{end}", tmp_path)
+    assert made == f"{begin}{markdown([result()])}{end}"
     assert with_tables(made, tmp_path) == made
+    # Those of another mark are left alone.
+    assert with_tables(f"{begin}old\n{end}", tmp_path, "peers") == f"{begin}old\n{end}"
 
 
 def test_a_table_that_does_not_end_is_refused(tmp_path: Path) -> None:
@@ -111,7 +135,21 @@ def test_a_table_that_does_not_end_is_refused(tmp_path: Path) -> None:
         with_tables("<!-- bench: r.jsonl -->\n", tmp_path)
 
 
+def test_pages_are_written_by_name_and_a_table_without_results_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench: r.jsonl -->\nold\n<!-- end of bench -->\n")
+    assert write_pages(["page.md"]) == 2
+    assert "r.jsonl: there is no such file" in capsys.readouterr().err
+    write_jsonl([result()], tmp_path / "r.jsonl")
+    assert write_pages(["page.md"]) == 0
+    assert markdown([result()]) in page.read_text()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_stands_in_a_page_is_what_its_file_gives(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert with_tables(text, ROOT) == text
+    for mark, table in TABLES.items():
+        assert with_tables(text, ROOT, mark, table) == text

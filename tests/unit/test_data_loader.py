@@ -2,12 +2,15 @@
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from dtune.data import pack
 from dtune.data.dataset import DatasetWriter, TokenDataset, load_dataset_folder
 from dtune.data.loader import Loader, check_batch_sizes, prefetch
+from dtune.data.pack import Packing, plan_packing
 from dtune.data.report import DataReport
 from dtune.data.schema import DataConfig
 from dtune.errors import ConfigError
@@ -123,6 +126,45 @@ def test_packed_rows_are_full_width_and_padding_is_a_document_of_its_own(
         changes = batch.document_ids[b].diff() != 0
         assert torch.equal(changes, batch.position_ids[b].diff() != 1)
         assert int(batch.position_ids[b, 0]) == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_packed_batches_have_one_shape_for_the_whole_run(
+    dataset: TokenDataset, world_size: int
+) -> None:
+    """Also the last, which is part empty: what is planned or captured for a shape serves all."""
+    shapes = set()
+    padding = slots = tokens = 0
+    for rank in range(world_size):
+        loader = load(dataset, rank=rank, world_size=world_size, epochs=2.5)
+        for step in range(loader.steps_for(2.5)):
+            for batch in loader.batches(step):
+                fields = (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+                shapes |= {(one.shape, one.dtype, one.stride()) for one in fields}
+                assert batch.attention_mask is None
+                padding += int((batch.document_ids == -1).sum())
+                slots += batch.num_slots
+                tokens += batch.num_tokens
+    assert shapes == {((2, LENGTH), torch.int64, (LENGTH, 1))}
+    # Padding is counted as what it is.
+    assert padding == slots - tokens > 0
+
+
+def test_rows_are_packed_before_the_first_step_and_never_again(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*args: Any) -> Packing:
+        calls.append(args)
+        return plan_packing(*args)
+
+    monkeypatch.setattr(pack, "plan_packing", counted)
+    loader = load(dataset)
+    assert len(calls) == 1
+    for _ in prefetch(loader, 0, 3 * loader.sequences_per_epoch // 8):
+        pass
+    assert len(calls) == 1
 
 
 def test_padded_batches_are_as_wide_as_their_longest_row_in_eights(dataset: TokenDataset) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.peers import run
+from benchmarks.peers.contestants import find
 from benchmarks.peers.measure import first_line, gate, measured, run_entry
 from benchmarks.peers.options import SETTINGS, parse
-from benchmarks.peers.run import same_work
+from benchmarks.peers.run import run_process, same_work
 from benchmarks.peers.watch import Watch, problem_of
 from benchmarks.peers.work import Entry, Setting, Work
 from dtune.bench.record import CaseResult, Status
@@ -91,6 +95,44 @@ def test_a_run_that_still_compiled_while_it_was_timed_is_refused(work: Work) -> 
 
 def test_one_zero_among_others_is_a_gradient() -> None:
     assert problem_of(torch.tensor([0.0, 1e-30])) == ""
+
+
+@pytest.mark.parametrize(
+    ("ends", "minutes", "status", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", 5.0, Status.oom, "SIGKILL"),
+        ("print('so'); raise SystemExit(3)", 5.0, Status.failed, "ended with 3, and said last: so"),
+        ("import time; time.sleep(600)", 0.01, Status.failed, "given up after 0.01 minutes"),
+    ],
+)
+def test_a_process_that_leaves_no_result_has_a_row_that_says_why(
+    work: Work,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: str,
+    minutes: float,
+    status: Status,
+    said: str,
+) -> None:
+    start = subprocess.run
+
+    def instead(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        return start([command[0], "-c", ends], **options)
+
+    monkeypatch.setattr(subprocess, "run", instead)
+    row = run_process(Entry("trl", SETTINGS["plain"], work), find("trl"), minutes=minutes)
+    assert row.status is status
+    assert said in row.reason
+
+
+def test_who_cannot_run_is_refused_without_a_process(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_process", lambda entry, *rest, **options: result(entry.peer))
+    options = parse(["peers=unsloth", "settings=plain"])
+    own, other = run.one_round(work, options, 2, [], ["command"])
+    assert own.status is Status.ok
+    assert (other.framework, other.case, other.status) == ("unsloth", "tiny plain", Status.refused)
+    assert (other.repeat, other.origin.command) == (2, ("command",))
 
 
 def test_what_a_contestant_raises_is_its_row(work: Work) -> None:

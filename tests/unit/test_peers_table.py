@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.table import markdown, rows_of
-from dtune.bench.record import read_jsonl
+from benchmarks.peers.table import MARK, main, markdown, rows_of
+from dtune.bench.pages import with_tables
+from dtune.bench.record import read_jsonl, write_jsonl
+from dtune.bench.table import combine
 from tests.unit.peers import result
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,32 @@ def test_settings_are_compared_with_the_same_one_of_dtune() -> None:
     assert cells(table, "TRL SFT")[-2] == "0.500"
 
 
+def test_models_are_apart_and_no_repeats_of_each_other() -> None:
+    both = [
+        result(who, model=model, seconds=[seconds])
+        for model, times in {"tiny": (1.0, 2.0), "random50m": (3.0, 4.0)}.items()
+        for who, seconds in zip(("dtune", "hf-peft"), times, strict=True)
+    ]
+    small, large = markdown(both).split("### random50m")
+    assert cells(small, "HF Trainer + peft")[-2] == "0.500"
+    assert cells(large, "HF Trainer + peft")[-2] == "0.750"
+    # As `dtune bench compare` reads them, too.
+    assert [len(one.results) for one in combine(both)] == [1, 1, 1, 1]
+
+
+def test_the_tables_of_a_page_are_written_from_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl([result("dtune"), result("trl")], tmp_path / "r.jsonl")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- peers: r.jsonl -->\nold\n<!-- end of peers -->\n")
+    assert main(["page.md"]) == 0
+    table = markdown([result("dtune"), result("trl")])
+    assert page.read_text() == f"<!-- peers: r.jsonl -->\n{table}<!-- end of peers -->\n"
+    assert main(["no.jsonl"]) == 2
+
+
 def test_one_bad_run_takes_the_number_away() -> None:
     table = markdown(
         [result("dtune"), result("trl"), result("trl", repeat=1, reason="it diverged")]
@@ -71,8 +98,9 @@ def test_there_is_no_ratio_where_dtune_has_no_number() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("peers-*.jsonl")))
 def test_the_tables_that_are_kept_are_those_of_their_files(file: Path) -> None:
-    table = markdown(read_jsonl(file))
-    assert file.with_suffix(".md").read_text(encoding="utf-8") == table
-    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
-    shown = re.findall(rf"<!-- {file.stem} -->\n(.*?)\n<!-- end -->", page, flags=re.DOTALL)
-    assert shown == [table.strip()]
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == markdown(read_jsonl(file))
+
+
+def test_what_stands_in_the_page_is_what_its_files_give() -> None:
+    text = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    assert with_tables(text, ROOT, MARK, markdown) == text

@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(name: str, **options: object) -> Lora:
-    method = PEFT.config(name)(rank=4, alpha=6.0, **options).build()
+    method = PEFT.config(name)(**{"rank": 4, "alpha": 6.0, **options}).build()
     assert isinstance(method, Lora)
     return method
 
@@ -65,9 +65,11 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def peft_twin(ours: PreTrainedModel, base: Path, **options: object) -> peft.PeftModel:
+def peft_twin(
+    ours: PreTrainedModel, base: Path, *, alpha: int = 6, **options: object
+) -> peft.PeftModel:
     """HF peft's model with the same weights, built without any file of ours."""
-    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options)
+    settings = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", **options)
     twin = peft.get_peft_model(load_base(base), settings)
     weights = {f"base_model.model.{n}.weight": p for n, p in trained_parameters(ours)}
     assert not peft.set_peft_model_state_dict(twin, weights).unexpected_keys
@@ -75,8 +77,9 @@ def peft_twin(ours: PreTrainedModel, base: Path, **options: object) -> peft.Peft
 
 
 def test_rslora_is_bit_equal_to_peft_both_ways(base: Path, tmp_path: Path) -> None:
-    ours, method = moved(base, "rslora")
-    theirs = peft_twin(ours, base, use_rslora=True)
+    # alpha / sqrt(4) is a power of two, so that it is of no matter where the update is scaled.
+    ours, method = moved(base, "rslora", alpha=8.0)
+    theirs = peft_twin(ours, base, alpha=8, use_rslora=True)
     logits = ours(token_ids()).logits
     assert torch.equal(theirs(token_ids()).logits, logits)
     method.save(trained_tensors(ours), str(tmp_path / "ours"))

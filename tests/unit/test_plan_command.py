@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from dtune.cli import main
+from dtune.measure.passes import Passes
+from dtune.plan.trace import KEPT, Tracer
 
 TINY = ["plan", "experiment=quickstart", "kernels=torch"]
 GIANT = [
@@ -81,6 +84,7 @@ def test_auto_says_why(capsys: pytest.CaptureFixture[str]) -> None:
         ("gpus=-1", "gpus=-1"),
         ("crad=h200", "card"),
         ("gpus=3", "train.global_batch_size"),
+        ("find=max_length", "card=h200"),
     ],
 )
 def test_a_wrong_setting_is_told_with_what_is_right(
@@ -90,15 +94,51 @@ def test_a_wrong_setting_is_told_with_what_is_right(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (("gpus=2",), "gpus=2 with parallel=single"),
+        # Nothing says how much a simulated GPU holds.
+        (("gpus=2", "parallel=auto"), "card=h200"),
+        (("gpus=1", "train.recompute=auto"), "card=h200"),
+    ],
+)
+def test_simulated_gpus_need_an_engine_and_for_auto_a_card(
+    capsys: pytest.CaptureFixture[str], settings: tuple[str, ...], told: str
+) -> None:
+    assert main([*TINY, *settings]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_help_has_every_setting_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "plan", "--help")
     keys = ("find", "card", "gpus", "gpus_per_node", "tflops", "memory_gb", "network_gb")
     assert all(f"  {key}=" in text for key in keys)
 
 
-def test_70b_on_1024_ranks_is_planned_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    began = time.monotonic()
+def test_70b_on_1024_ranks_is_counted_on_a_few_blocks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    count = Tracer._count
+
+    def note(tracer: Tracer, runs: Sequence[int], *further: Any) -> Passes:
+        counted.append(sum(runs))
+        return count(tracer, runs, *further)
+
+    monkeypatch.setattr(Tracer, "_count", note)
     text = said(capsys, *GIANT)
-    assert time.monotonic() - began < 10
     assert "1024 on 128 nodes (zero3)" in text
     assert "fits h200" in text
+    assert counted == [KEPT, KEPT + 1]
+
+
+def test_a_sweep_is_refused_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "-m", "peft=lora,full"]) == 2
+    assert "leave -m out" in capsys.readouterr().err
+
+
+def test_hydras_flags_go_with_its_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, *TINY, "card=h200", "gpus=2", "parallel=ddp", "--cfg", "job")
+    assert "name: ddp" in text
+    assert "predicted" not in text

@@ -12,7 +12,7 @@ from dtune.config.run import RunConfig
 from dtune.errors import ConfigError
 from dtune.measure.cards import Card
 from dtune.measure.memory import GIB
-from dtune.plan.auto import decide
+from dtune.plan.auto import Decision, decide
 from dtune.plan.cards import find_card
 from dtune.plan.run import Planner, plan_run
 from dtune.plan.solve import find_cheapest, find_max_length, find_micro_batch
@@ -78,11 +78,15 @@ def high_of(run: RunConfig, ranks: int) -> int:
     return plan_run(run, ranks, card_of(1)).memory.high
 
 
+def decided(run: RunConfig, ranks: int, memory: float, card: Card | None = None) -> Decision:
+    return decide(Planner(run, ranks, card), memory)
+
+
 def test_recompute_is_the_least_that_fits() -> None:
     sizes = {level: high_of(settings(f"train.recompute={level}"), 1) for level in LEVELS}
     assert sizes["none"] > sizes["selective"] > sizes["full"]
     for level, size in sizes.items():
-        decision = decide(settings("train.recompute=auto"), 1, size, card=card_of(1))
+        decision = decided(settings("train.recompute=auto"), 1, size, card_of(1))
         assert decision.run.train.recompute.value == level
         assert f"train.recompute={level}: " in decision.reasons[-1]
         assert decision.reasons[-1].endswith(", fits")
@@ -98,32 +102,32 @@ def test_adapters_are_replicated_where_the_base_fits_and_sharded_where_not() -> 
     sharded = high_of(settings(*large, "parallel=fsdp"), 8)
     assert sharded < replicas
     for memory, engine in ((replicas, "ddp"), (replicas - 1, "fsdp"), (sharded, "fsdp")):
-        decision = decide(asked, 8, memory, card=card_of(1))
+        decision = decided(asked, 8, memory, card_of(1))
         assert decision.run.parallel.name == engine
         assert f"parallel={engine}: " in decision.reasons[-1]
-    assert decide(asked, 1, replicas, card=card_of(1)).run.parallel.name == "single"
+    assert decided(asked, 1, replicas, card_of(1)).run.parallel.name == "single"
 
 
 def test_what_cannot_fit_is_refused_with_what_to_turn() -> None:
     asked = settings("parallel=auto", "train.recompute=auto")
     with pytest.raises(ConfigError, match=r"parallel=auto and train\.recompute=auto") as error:
-        decide(asked, 2, 1e6)
+        decided(asked, 2, 1e6)
     assert "data.max_length" in str(error.value)
     # By the low estimate it may, and so it is tried.
     least = plan_run(settings("parallel=fsdp", "train.recompute=full"), 2, None).memory
-    decision = decide(asked, 2, least.low)
+    decision = decided(asked, 2, least.low)
     assert decision.run.parallel.name == "fsdp"
     assert "tried as it is" in decision.reasons[-1]
 
 
 def test_auto_keeps_to_what_is_legal() -> None:
     asked = settings("parallel=zero3", "train.recompute=auto")
-    decision = decide(asked, 2, 1e6 * GIB)
+    decision = decided(asked, 2, 1e6 * GIB)
     assert decision.run.train.recompute.value == "none"
     small = plan_run(settings("parallel=zero3", "train.recompute=none"), 2, None).memory.high - 1
-    assert decide(asked, 2, small).run.train.recompute.value == "full"
+    assert decided(asked, 2, small).run.train.recompute.value == "full"
 
 
 def test_settings_that_ask_for_nothing_stay_as_they_are() -> None:
     run = settings()
-    assert decide(run, 1, 0).run is run
+    assert decided(run, 1, 0).run is run

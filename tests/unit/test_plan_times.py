@@ -59,10 +59,10 @@ def test_a_collective_goes_by_the_slowest_link(
 
 
 def test_only_what_nothing_runs_beside_is_added() -> None:
-    def predicted(*collectives: Collective, to_host: int = 0) -> times.Times:
+    def predicted(*collectives: Collective, copied: int = 0) -> times.Times:
         sent = [times.send(one, CARD, per_node=8) for one in collectives]
         return times.predict(
-            Counter({PRODUCT: 100}), card=CARD, micros=2, trained=10**6, sent=sent, to_host=to_host
+            Counter({PRODUCT: 100}), card=CARD, micros=2, trained=10**6, sent=sent, copied=copied
         )
 
     alone = predicted()
@@ -75,5 +75,5 @@ def test_only_what_nothing_runs_beside_is_added() -> None:
     assert predicted(after).exposed == pytest.approx(1e9 / 450e9 / times.LINKS)
     many = Collective("all-gather", "weights", 10**12, 8)
     assert predicted(many).step > 2 * alone.step
-    assert predicted(to_host=10**9).step == alone.step
-    assert predicted(to_host=10**12).step > 2 * alone.step
+    assert predicted(copied=10**9).step == alone.step
+    assert predicted(copied=2 * 10**12).step > 2 * alone.step

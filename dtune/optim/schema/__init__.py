@@ -49,10 +49,13 @@ class OptimConfig:
         named: Iterable[tuple[str, nn.Parameter]],
         *,
         rate_factor: Callable[[str], float] = same_rate,
+        whole: bool | None = None,
     ) -> Optimizer:
         """Import and construct the optimizer over the named trainable parameters.
 
-        ``rate_factor`` multiplies ``lr``, by the parameter's name.
+        ``rate_factor`` multiplies ``lr``, by the parameter's name. ``whole``: whether parameters
+        and gradients are whole tensors of this rank, which an optimizer may put where it likes;
+        None where nothing will be trained.
         """
         raise NotImplementedError(type(self))
 

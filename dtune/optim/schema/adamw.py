@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from dtune.errors import ConfigError
@@ -34,12 +35,22 @@ class AdamConfig(OptimConfig):
             raise ConfigError(f"optim.eps={self.eps} must be above 0")
 
 
+class Flat(Enum):
+    """Whether what is trained lies in one buffer."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 @OPTIM.register
 @dataclass
 class AdamwConfig(AdamConfig):
-    """AdamW of torch, fused where the device has it."""
+    """AdamW: torch's, fused where the device has it, or ours over one buffer."""
 
     name: str = "adamw"
+    # All parameters in one buffer: auto (on a GPU, up to 1 GiB, whole on each rank), always, never.
+    flat: Flat = Flat.auto
 
     @property
     def state_bytes(self) -> int:
@@ -51,11 +62,12 @@ class AdamwConfig(AdamConfig):
         named: Iterable[tuple[str, nn.Parameter]],
         *,
         rate_factor: Callable[[str], float] = same_rate,
+        whole: bool | None = None,
     ) -> Optimizer:
         """Import and construct the optimizer over the named trainable parameters."""
         from dtune.optim.optimizers import build_adamw
 
-        return build_adamw(self, named, rate_factor)
+        return build_adamw(self, named, rate_factor, whole=whole)
 
 
 @OPTIM.register
@@ -81,6 +93,7 @@ class Adamw8bitConfig(AdamConfig):
         named: Iterable[tuple[str, nn.Parameter]],
         *,
         rate_factor: Callable[[str], float] = same_rate,
+        whole: bool | None = None,
     ) -> Optimizer:
         """Import and construct the optimizer over the named trainable parameters."""
         from dtune.optim.optimizers import build_adamw8bit

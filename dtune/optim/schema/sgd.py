@@ -38,6 +38,7 @@ class SgdConfig(OptimConfig):
         named: Iterable[tuple[str, nn.Parameter]],
         *,
         rate_factor: Callable[[str], float] = same_rate,
+        whole: bool | None = None,
     ) -> Optimizer:
         """Import and construct the optimizer over the named trainable parameters."""
         from dtune.optim.optimizers import build_sgd

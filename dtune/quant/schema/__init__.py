@@ -31,6 +31,12 @@ class ByteConfig(QuantConfig):
 
     # Linears that stay floats: roles (head, attention, mlp, all-linear), names (down_proj), globs.
     skip: list[str] = field(default_factory=lambda: ["head"])
+    # GiB of spare memory for weights that stay dequantised, one layer after another; 0: none.
+    cache_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cache_gib < 0:
+            raise ConfigError(f"quant.cache_gib={self.cache_gib:g} must be 0 or more")
 
 
 @dataclass
@@ -43,6 +49,7 @@ class FourBitConfig(ByteConfig):
     block_size: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.block_size not in (sizes := [2**n for n in range(5, 13)]):
             shown = ", ".join(map(str, sizes))
             raise ConfigError(f"quant.block_size={self.block_size} must be one of {shown}")

@@ -21,6 +21,7 @@ def adamw_flat_(
     clip_scale: torch.Tensor | None,
     lr: torch.Tensor,
     step: torch.Tensor,
+    blocked: torch.Tensor | None = None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -42,6 +43,7 @@ def adamw_flat_(
         clip_scale: One fp32 number on the device, multiplied onto the gradient; None for 1.
         lr: One fp32 number on the device.
         step: One fp32 or int64 number on the device: of this update, from 1.
+        blocked: One fp32 number on the device; nothing is updated unless it is 0. None for 0.
         beta1: At least 0 and below 1.
         beta2: At least 0 and below 1.
         eps: Added to the root.
@@ -54,14 +56,15 @@ def adamw_flat_(
     Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; torch.optim.AdamW.
     """
     _check_buffers(master, grad, exp_avg, exp_avg_sq, shadow)
-    _check_numbers(clip_scale, lr, step)
+    _check_numbers(clip_scale, lr, step, blocked)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         check(0 <= beta < 1, OP, name, got=beta, wanted="at least 0 and below 1")
     buffers = {"grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "shadow": shadow}
-    check_device(OP, master=master, **buffers, clip_scale=clip_scale, lr=lr, step=step)
+    numbers = {"clip_scale": clip_scale, "lr": lr, "step": step, "blocked": blocked}
+    check_device(OP, master=master, **buffers, **numbers)
     with torch.no_grad():
         ops.update(
-            master, grad, exp_avg, exp_avg_sq, shadow, clip_scale, lr, step,
+            master, grad, exp_avg, exp_avg_sq, shadow, clip_scale, lr, step, blocked,
             beta1, beta2, eps, weight_decay,
         )  # fmt: skip
 
@@ -90,8 +93,14 @@ def _check_buffers(
     check_dtype(OP, "grad", grad, (torch.float32, *LOW))
 
 
-def _check_numbers(clip_scale: torch.Tensor | None, lr: torch.Tensor, step: torch.Tensor) -> None:
-    for name, x in (("clip_scale", clip_scale), ("lr", lr), ("step", step)):
+def _check_numbers(
+    clip_scale: torch.Tensor | None,
+    lr: torch.Tensor,
+    step: torch.Tensor,
+    blocked: torch.Tensor | None,
+) -> None:
+    numbers = {"clip_scale": clip_scale, "lr": lr, "step": step, "blocked": blocked}
+    for name, x in numbers.items():
         if x is None:
             continue
         wanted = (torch.float32, torch.int64) if name == "step" else (torch.float32,)

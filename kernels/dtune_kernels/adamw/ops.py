@@ -16,6 +16,7 @@ Arguments = tuple[
     torch.Tensor | None,
     torch.Tensor,
     torch.Tensor,
+    torch.Tensor | None,
     float,
     float,
     float,
@@ -32,6 +33,7 @@ def _fake(
     clip_scale: torch.Tensor | None,
     lr: torch.Tensor,
     step: torch.Tensor,
+    blocked: torch.Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -49,6 +51,7 @@ def _cost(
     clip_scale: torch.Tensor | None,
     lr: torch.Tensor,
     step: torch.Tensor,
+    blocked: torch.Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -57,7 +60,7 @@ def _cost(
     states = nbytes(master, exp_avg, exp_avg_sq)
     return Cost(
         flops=16 * master.numel(),
-        read=states + nbytes(grad, clip_scale, lr, step),
+        read=states + nbytes(grad, clip_scale, lr, step, blocked),
         written=states + nbytes(shadow),
     )
 
@@ -71,19 +74,20 @@ def _arguments(shape: Shape, dtype: torch.dtype, device: torch.device) -> Argume
     )
     exp_avg_sq = 0.01 * torch.rand(size, dtype=wide, device=device)
     low = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    clip_scale, lr, step = (
-        torch.full((), number, dtype=wide, device=device) for number in (0.5, 1e-3, 7.0)
+    clip_scale, lr, step, blocked = (
+        torch.full((), number, dtype=wide, device=device) for number in (0.5, 1e-3, 7.0, 0.0)
     )
     shadow = master.to(low)
     return (
-        master, grad, exp_avg, exp_avg_sq, shadow, clip_scale, lr, step, 0.9, 0.999, 1e-8, 0.01
+        master, grad, exp_avg, exp_avg_sq, shadow, clip_scale, lr, step, blocked,
+        0.9, 0.999, 1e-8, 0.01,
     )  # fmt: skip
 
 
 update = define(
     "adamw_flat_(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
-    " Tensor(d!)? shadow, Tensor? clip_scale, Tensor lr, Tensor step, float beta1, float beta2,"
-    " float eps, float weight_decay) -> ()",
+    " Tensor(d!)? shadow, Tensor? clip_scale, Tensor lr, Tensor step, Tensor? blocked,"
+    " float beta1, float beta2, float eps, float weight_decay) -> ()",
     reference=reference.adamw_flat_,
     plain=reference.plain_adamw_flat_,
     triton="dtune_kernels.adamw.triton:adamw_flat_",

@@ -1,6 +1,6 @@
 """AdamW over a flat buffer in plain PyTorch.
 
-Shape legend: every buffer is [n]; ``lr``, ``step`` and ``clip_scale`` hold one number.
+Shape legend: every buffer is [n]; ``lr``, ``step``, ``blocked`` and ``clip_scale`` hold one number.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def adamw_flat_(
     clip_scale: torch.Tensor | None,
     lr: torch.Tensor,
     step: torch.Tensor,
+    blocked: torch.Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -30,6 +31,8 @@ def adamw_flat_(
     The averages move by a share of their distance, and the corrections of their bias are
     computed in fp64: in fp32, beta2 and beta2^step near 1 would cost 5 digits of 1 - beta2^step.
     """
+    if blocked is not None and bool(blocked):
+        return
     grad = grad.to(master.dtype)
     if clip_scale is not None:
         grad = grad * clip_scale.to(master.dtype)
@@ -58,6 +61,7 @@ def plain_adamw_flat_(
     clip_scale: torch.Tensor | None,
     lr: torch.Tensor,
     step: torch.Tensor,
+    blocked: torch.Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -82,6 +86,7 @@ def plain_adamw_flat_(
         weight_decay=weight_decay,
         eps=eps,
         maximize=False,
+        found_inf=blocked,
     )
     if shadow is not None:
         shadow.copy_(master)

@@ -27,6 +27,7 @@ def _adamw(
     clip_scale_ptr,
     lr_ptr,
     step_ptr,
+    blocked_ptr,
     size,
     log_beta1,
     log_beta2,
@@ -36,9 +37,12 @@ def _adamw(
     weight_decay,
     SHADOW: tl.constexpr,
     CLIP: tl.constexpr,
+    BLOCKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if BLOCKED:
+        size = tl.where(tl.load(blocked_ptr) == 0.0, size, 0)
     mask = at < size
     grad = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32)
     if CLIP:
@@ -72,6 +76,7 @@ def adamw_flat_(
     clip_scale: torch.Tensor | None,
     lr: torch.Tensor,
     step: torch.Tensor,
+    blocked: torch.Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -90,6 +95,7 @@ def adamw_flat_(
         lr if clip_scale is None else clip_scale,
         lr,
         step,
+        lr if blocked is None else blocked,
         size,
         log(beta1),
         log(beta2),
@@ -99,6 +105,7 @@ def adamw_flat_(
         weight_decay,
         SHADOW=shadow is not None,
         CLIP=clip_scale is not None,
+        BLOCKED=blocked is not None,
         BLOCK=BLOCK,
         num_warps=4,
     )
