@@ -39,7 +39,7 @@ def _context() -> mp.context.BaseContext:
     if torch.cuda.is_available():
         # What is imported may ask for the GPUs, and a copy of a process that has cannot use them.
         return mp.get_context("spawn")
-    mp.set_forkserver_preload(["dtune.assemble", "dtune.config.compose", "peft"])
+    mp.set_forkserver_preload(["tests.distributed.preloaded"])
     return mp.get_context("forkserver")
 
 
