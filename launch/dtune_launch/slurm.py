@@ -35,7 +35,8 @@ srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/node-%n.log" "${sru
   --log-dir="$logs" --module "${ranks[@]}\""""
 _TASKS = """\
 srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/task-%t.log" "${srun_options[@]}" \\
-  bash -c "$on_node" "$run_dir" "$listens" "${wrap[@]}" "$python" -m dtune_launch.srun "${ranks[@]}\""""
+  bash -c "$on_node" "$run_dir" "$listens" "${wrap[@]}" \\
+  "$python" -m dtune_launch.srun "${ranks[@]}\""""
 
 
 @dataclass(frozen=True)
