@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
+from dtune.runtime.imports import uncollected
 from dtune.runtime.signals import OF_THIS_PROCESS, Preempted, StopRequest, exit_code
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds in which a signal would end the process.
     OF_THIS_PROCESS.install(at_once=True, run_dir="".join(sys.argv[1:2]))
+    with uncollected():
+        importlib.import_module("dtune.assemble")
 
 import os
 import signal

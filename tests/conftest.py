@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -34,7 +35,16 @@ FAULT_TESTS = (
 )
 """Where what is done to a run is tested."""
 
+# Until all tests are imported: see dtune.runtime.imports.
+gc.disable()
+
 _COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for, but not among what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

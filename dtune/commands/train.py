@@ -18,6 +18,7 @@ from dtune.config.freeze import load_frozen
 from dtune.config.support import check_run
 from dtune.errors import ConfigError
 from dtune.run_folder import check_run_folder, occupied_run_folder, withdraw_start
+from dtune.runtime.imports import uncollected
 from dtune.runtime.signals import SIGNALS, StopRequest
 from dtune.runtime.status import EXIT_CODES, State, Status, status_of, write_status
 from dtune.sweep.ended import exit_code as exit_code_of_sweep
@@ -118,7 +119,8 @@ def launch(job: JobSpec, launcher: LaunchConfig, stop: StopRequest) -> int:
     ended: list[int] = []
 
     def in_process(arguments: list[str]) -> int:
-        from dtune.worker import main
+        with uncollected():
+            from dtune.worker import main
 
         ended.append(main(arguments, stop))
         return ended[0]
@@ -185,8 +187,9 @@ def _run_as_rank(argv: list[str], stop: StopRequest) -> int:
 def _join_ranks(text: str, stop: StopRequest) -> int:
     """Train as one rank of several; the first gives the config to the others."""
     # Only now, because the first rank answers a wrong config before torch is imported.
-    from dtune.runtime.world import World
-    from dtune.worker import run_worker
+    with uncollected():
+        from dtune.runtime.world import World
+        from dtune.worker import run_worker
 
     world = World.start()
     config = load_frozen(world.broadcast(text))

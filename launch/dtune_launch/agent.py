@@ -6,6 +6,7 @@ must be started with SIGUSR1 ignored, which kills it otherwise until it can pass
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -17,6 +18,12 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from dtune.runtime.imports import uncollected
+
+if __name__ == "__main__":
+    with uncollected():
+        importlib.import_module("torch.distributed.run")
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

@@ -50,6 +50,14 @@ starting='the ranks are starting'
 printf '{"state": "running", "message": "%s", "time": %s}\n' "$starting" "$(date +%s)" |
   replace status.json
 
+# Each task makes one once USR1 does not end it any more.
+listens=$logs/.tmp-listens-$self
+rm -f "$listens"-*
+all_listen() {
+  local tasks=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
+  (($(compgen -G "$listens-*" | wc -l) >= tasks))
+}
+
 step='' cancelled='' resender=''
 # Ranks that are starting do not hear it yet. To those that run, a second one says to hurry: it is
 # passed on, and they know by the time between whether it is the same one sent twice.
@@ -59,6 +67,11 @@ save_and_stop() {
     return 0
   fi
   {
+    # On a shared disk they may be seen late; ranks that run have made theirs long ago.
+    for _ in $(seq 300); do
+      all_listen && break
+      sleep 0.2
+    done
     while grep -qs "$starting" "$run_dir/status.json"; do
       scancel --signal=USR1 "$self" || true
       sleep 2
@@ -126,7 +139,8 @@ if [[ ! -d $folder ]]; then
   echo "dtune: $SLURMD_NODENAME does not see $folder; name a run_dir on a shared disk" >&2
   exit 2
 fi
-exec "$@"'
+: >"$1-$SLURM_PROCID"
+exec "${@:2}"'
 
 @LAUNCH@ &
 step=$!
@@ -144,6 +158,7 @@ done
 if [[ -n $resender ]]; then
   kill "$resender" 2>/dev/null || true
 fi
+rm -f "$listens"-*
 
 # srun's code says that something happened; status.json says what.
 state=$(sed -n 's/.*"state": "\([a-z_]*\)".*/\1/p' "$run_dir/status.json" | head -n 1)

@@ -29,13 +29,14 @@ _SUBMIT_SECONDS = 60.0
 
 _AGENT = """\
 srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/node-%n.log" "${srun_options[@]}" \\
-  bash -c "$on_node" "$run_dir" "${wrap[@]}" "$python" -m dtune_launch.agent \\
+  bash -c "$on_node" "$run_dir" "$listens" "${wrap[@]}" "$python" -m dtune_launch.agent \\
   --nnodes="$SLURM_NNODES" --nproc-per-node="$nproc" --max-restarts="$max_restarts" \\
   --rdzv-backend=c10d --rdzv-endpoint="${addresses[0]}:$port" --rdzv-id="$SLURM_JOB_ID.$restart" \\
   --log-dir="$logs" --module "${ranks[@]}\""""
 _TASKS = """\
 srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/task-%t.log" "${srun_options[@]}" \\
-  bash -c "$on_node" "$run_dir" "${wrap[@]}" "$python" -m dtune_launch.srun "${ranks[@]}\""""
+  bash -c "$on_node" "$run_dir" "$listens" "${wrap[@]}" \\
+  "$python" -m dtune_launch.srun "${ranks[@]}\""""
 
 
 @dataclass(frozen=True)

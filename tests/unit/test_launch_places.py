@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,8 @@ from dtune.errors import ConfigError
 
 TOKEN = "hf_" + "aB3" * 11
 WANDB = "0123456789abcdef" * 2 + "01234567"
-COMPUTED_SECONDS = 1.2
-"""Of a processor, to compose and check a config, with all that is imported for it."""
+RESOLVE_SECONDS = 0.8
+"""For a name; a refusal takes two seconds with what dtune itself computes, 0.6 of them."""
 
 
 @pytest.mark.parametrize("head", ["h:1", "10.0.0.1:29400", "[::1]:29400"])
@@ -39,18 +39,18 @@ def test_a_name_that_does_not_resolve_is_told_soon(monkeypatch: pytest.MonkeyPat
     with pytest.raises(LaunchError, match=r"head\.invalid does not resolve"):
         resolve_host("head.invalid")
 
-    def never(*args: object, **kwargs: object) -> object:
-        time.sleep(30)
+    told = threading.Event()
+
+    def late(*args: object, **kwargs: object) -> object:
+        told.wait()
         return [(0, 0, 0, "", ("127.0.0.1", 0))]
 
-    assert network._RESOLVE_SECONDS + COMPUTED_SECONDS <= 2
-    monkeypatch.setattr(network.socket, "getaddrinfo", never)
+    assert network._RESOLVE_SECONDS <= RESOLVE_SECONDS
+    monkeypatch.setattr(network.socket, "getaddrinfo", late)
     monkeypatch.setattr(network, "_RESOLVE_SECONDS", 0.05)
-    start = time.monotonic()
     with pytest.raises(LaunchError, match="no answer within"):
         resolve_host("head.example")
-    # Far from how long the answer takes; the machine may be busy.
-    assert time.monotonic() - start < 5
+    told.set()
 
 
 def test_the_own_address_is_the_one_on_the_way_to_the_head() -> None:
@@ -76,9 +76,7 @@ def free_port() -> int:
 def refusal(run_dir: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
     """What ``dtune train`` says of a run on two machines, which it refuses without a trace."""
     common = ("parallel=ddp", "launch=torchrun", "launch.nnodes=2", "launch.nproc=1")
-    began = time.process_time()
     assert main(["train", f"run_dir={run_dir}", *common, *more]) == 2
-    assert time.process_time() - began < COMPUTED_SECONDS
     assert not run_dir.exists()
     return capsys.readouterr().err
 

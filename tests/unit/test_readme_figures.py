@@ -54,3 +54,4 @@ def test_a_rank_that_hangs_or_is_out_of_memory_holds_nobody_up() -> None:
     assert max(seconds["out_of_memory_all_gone"]) <= 10
     gone = statistics.median(seconds["out_of_memory_all_gone"])
     assert f"out of memory ends all ranks in {gone:.1f} s" in README
+    assert max(seconds["refused"]) <= 2
