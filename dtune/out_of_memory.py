@@ -159,7 +159,7 @@ class Counter:
             held = self._timed(lambda other=other: self._held(other))  # type: ignore[misc]
             if held is not None:
                 copies = now.saved.copies if now.held.autocasts and not held.autocasts else 0
-                yield Remedy(setting, on_device(now.held) + copies - on_device(held))
+                yield Remedy(setting, now.held.device_bytes + copies - held.device_bytes)
 
     def _other_storage(self) -> Iterator[tuple[str, RunConfig]]:
         run = self._run
@@ -218,9 +218,3 @@ class Counter:
             return None
         finally:
             self._longest = max(self._longest, time.monotonic() - start)
-
-
-def on_device(held: Footprint) -> int:
-    """Bytes of a footprint that are on the device."""
-    own = held.frozen + held.masters + held.copies + held.gradients + held.optimizer
-    return (0 if held.on_host else own) + held.gathered + held.buckets

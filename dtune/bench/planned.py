@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import (
 from dtune.bench.ceiling import Shapes, linear_shapes
 from dtune.bench.schema import BenchConfig
 from dtune.bench.subject import synthetic_batches
-from dtune.build import build_trained_model
+from dtune.build import STORAGE, build_trained_model
 from dtune.config.run import RunConfig
 from dtune.config.support import accumulation_steps
 from dtune.plan.memory import plain_loss, plan_memory, request_of
@@ -36,6 +36,7 @@ def plan_case(run: RunConfig, bench: BenchConfig, world: World) -> Planned:
     """Plan the memory of a case with the batches that it will be measured on."""
     built = build_trained_model(run, load=False, device=world.device)
     shapes = linear_shapes(built.model, built.spec)
+    built.quantizer.cache(built.model, STORAGE[run.precision.name])
     batch = synthetic_batches(run, bench, built, world)[0]
     accumulates = accumulation_steps(run, world.size) > 1
     request = request_of(run, built, world.size, accumulates=accumulates)

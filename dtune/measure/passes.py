@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -299,21 +299,13 @@ def count_passes(
     )
     model.train()
     split = _Split(tally, last_block)
-    trained = [p for p in parameters if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(_noting(tally)) for p in trained]
-    try:
-        with setting.mode, tally:
-            with setting.computing():
-                result = loss(model, inputs)
-                total, copies = tally.alive, tally.alive_copies()
-                logits, left = tally.alive_logits(), offloaded()
-                forward = len(tally.series)
-            result.backward()
-    finally:
-        for hook in [*hooks, *split.hooks]:
-            hook.remove()
-        for parameter in parameters:
-            parameter.grad = None
+    with _gradients_noted(tally, parameters, split.hooks), setting.mode, tally:
+        with setting.computing():
+            result = loss(model, inputs)
+            total, copies = tally.alive, tally.alive_copies()
+            logits, left = tally.alive_logits(), offloaded()
+            forward = len(tally.series)
+        result.backward()
     during, before, after = split.cut(forward)
     return Passes(
         activations=total - copies,
@@ -330,12 +322,25 @@ def count_passes(
     )
 
 
-def _noting(tally: PassTally) -> Callable[[torch.Tensor], None]:
+@contextmanager
+def _gradients_noted(
+    tally: PassTally, parameters: Sequence[nn.Parameter], more: Sequence[Any]
+) -> Iterator[None]:
+    """Tell the tally of each gradient; in the end take these and ``more`` hooks away, and them."""
+
     def note(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             tally.is_gradient(parameter.grad)
 
-    return note
+    trained = [p for p in parameters if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(note) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in [*hooks, *more]:
+            hook.remove()
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def _most(series: list[Alive]) -> int:
