@@ -38,7 +38,8 @@ FAULT_TESTS = (
 # Until all tests are imported: see dtune.runtime.imports.
 gc.disable()
 
-_COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
+_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_BEFORE = {name: os.environ.get(name) for name in ("CC", "CXX", *_RANK)}
 
 
 def pytest_collection_finish() -> None:
@@ -67,18 +68,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _compilers_stay() -> Iterator[None]:
-    """BOFT of HF peft, which tests compare with, leaves CXX=gcc behind, for all that comes after.
+def _environment_stays() -> Iterator[None]:
+    """What a test leaves in the environment would change all that comes after it.
 
-    torch.compile in ranks that are started then would link C++ without its library.
+    BOFT of HF peft, which tests compare with, leaves CXX=gcc behind, with which torch.compile links
+    C++ without its library; DeepSpeed in this process leaves the variables of a rank.
     """
-    _restore_compilers()
+    _restore_environment()
     yield
-    _restore_compilers()
+    _restore_environment()
 
 
-def _restore_compilers() -> None:
-    for name, value in _COMPILERS.items():
+def _restore_environment() -> None:
+    for name, value in _BEFORE.items():
         if value is None:
             os.environ.pop(name, None)
         else:

@@ -70,6 +70,9 @@ def make_inputs(work: Work) -> None:
     Path(work.folder).mkdir(parents=True, exist_ok=True)
     vocabulary = SHAPES[work.model]["vocab_size"]
     _write_model(work)
+    if work.device == "cuda":
+        # This process goes on while the contestants need the memory.
+        torch.cuda.empty_cache()
     _write_tokenizer(work, vocabulary)
     np.save(work.tokens, draw_tokens(work, vocabulary), allow_pickle=False)
     _write_texts(work)
@@ -136,7 +139,8 @@ def _write_model(work: Work) -> None:
         eos_token_id=END,
     )
     dtype = torch.float32 if work.precision == "fp32" else torch.bfloat16
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(work.device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(work.checkpoint)
     lora = LoraConfig(
         r=work.rank,

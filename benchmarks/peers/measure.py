@@ -28,14 +28,23 @@ def run_entry(entry: Entry, contestant: Contestant) -> CaseResult:
     watch = Watch(entry.work)
     try:
         contestant.run(entry.work, entry.setting, watch)
-    except torch.OutOfMemoryError as error:
-        return result_of(entry, contestant, Status.oom, reason=first_line(error))
     except Exception as error:  # noqa: BLE001 - peers raise anything; it is their row
+        # Only now: it would add to the memory of who is measured.
+        from dtune.out_of_memory import is_out_of_memory
+
         traceback.print_exc()
-        return result_of(entry, contestant, Status.failed, reason=first_line(error))
+        status = Status.oom if is_out_of_memory(error) else Status.failed
+        return result_of(entry, contestant, status, reason=first_line(error))
     if problem := gate(watch):
         return result_of(entry, contestant, Status.refused, reason=problem)
     return result_of(entry, contestant, Status.ok, watch=watch)
+
+
+def _peak(work: Work) -> float | None:
+    """FLOP/s of the device by its data sheet, which is that of bf16; None where it is not known."""
+    if work.device != "cuda" or work.precision != "bf16":
+        return None
+    return peak_flops(torch.cuda.get_device_name())
 
 
 def first_line(error: BaseException) -> str:
@@ -90,7 +99,6 @@ def measured(watch: Watch) -> Measured:
     work, seconds = watch.work, watch.step_seconds()
     losses = torch.stack(watch.losses).tolist()
     median = statistics.median(seconds)
-    on_device = work.device == "cuda"
     return Measured(
         step_seconds=seconds,
         slots_per_step=work.tokens_per_step,
@@ -103,7 +111,7 @@ def measured(watch: Watch) -> Measured:
         tokens_per_second=work.tokens_per_step / median,
         flops_per_token=flops_per_token(work),
         flops_formula=MFU_FORMULA,
-        peak_flops=peak_flops(torch.cuda.get_device_name()) if on_device else None,
+        peak_flops=_peak(work),
         ceiling_flops=None,
         warm_up_seconds=watch.warm_up_seconds,
         first_step_seconds=watch.first_step_seconds,

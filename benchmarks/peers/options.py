@@ -14,6 +14,8 @@ from benchmarks.peers.inputs import SHAPES
 from benchmarks.peers.work import BEST, PLAIN, RECOMPUTED, Setting, Work
 from dtune.errors import ConfigError
 
+DEFAULT_LENGTH = {"cpu": 512, "cuda": 4096}
+"""Positions of a packed row, by the device."""
 SETTINGS = {setting.name: setting for setting in (PLAIN, RECOMPUTED, BEST)}
 
 
@@ -68,9 +70,11 @@ class Options:
             value, least = vars(self)[field.name], 0 if field.name in zero else 1
             if not isinstance(value, str) and value < least:
                 raise ConfigError(f"{field.name}={value} must be at least {least}")
-        if self.length % self.documents:
+        # Both defaults are multiples of the shorter one.
+        length = self.length or DEFAULT_LENGTH["cpu"]
+        if length % self.documents:
             raise ConfigError(
-                f"length={self.length} cannot be split into documents={self.documents} of one "
+                f"length={length} cannot be split into documents={self.documents} of one "
                 "length; choose a divisor"
             )
 
@@ -86,7 +90,7 @@ class Options:
             folder=str(folder),
             rank=self.rank,
             alpha=self.alpha,
-            length=self.length or (512 if on_cpu else 4096),
+            length=self.length or DEFAULT_LENGTH[device],
             documents=self.documents,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,

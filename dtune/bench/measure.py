@@ -138,7 +138,10 @@ def _launches(subject: Subject) -> tuple[Launches | None, tuple[str, ...]]:
     """Count a step. What blocks compiled for a CPU dispatch cannot be seen."""
     if subject.run.train.compile and subject.world.device.type != "cuda":
         return None, ("launches a step: not counted in compiled blocks on a CPU",)
-    return count_launches(subject.step, subject.world.device), ()
+    launches = count_launches(subject.step, subject.world.device)
+    if not launches.count:
+        return None, ("launches a step: torch's profiler saw none; CUPTI may be missing",)
+    return launches, ()
 
 
 def _gradient_problem(subject: Subject) -> str:

@@ -110,7 +110,7 @@ def run_processes(job: JobSpec, log: Path, *, max_minutes: float) -> Ended:
 def _result_of(
     case: Case, folder: Path, repeat: int, command: Sequence[str], ended: Ended
 ) -> CaseResult:
-    if not ended.timed_out and ended.code == 0:
+    if not ended.timed_out and ended.code == 0 and (folder / RESULT).is_file():
         (result,) = read_jsonl(folder / RESULT)
         return result
     failure = _failure_of(case, folder, ended)

@@ -47,8 +47,8 @@ class BenchConfig:
     train_steps: int = 0
     # Learning rate by method, where optim.lr is not its own: {lora: 4e-3}.
     rates: dict[str, float] = field(default_factory=dict)
-    # Draw tokens/s, memory and loss per method (needs matplotlib).
-    plots: bool = True
+    # Draw tokens/s, memory and loss per method; null: where matplotlib is installed.
+    plots: bool | None = None
 
     def __post_init__(self) -> None:
         least = {"warm_up": 1, "steps": 2, "repeats": 1, "documents": 1, "falls_within": 1}

@@ -70,11 +70,14 @@ def bench(cases: Sequence[Case], *, command: Sequence[str]) -> int:
 
     first = cases[0].bench
     out = Path(first.out).expanduser().absolute()
-    if first.plots and not is_installed("matplotlib"):
+    can_draw = is_installed("matplotlib")
+    if first.plots and not can_draw:
         raise ConfigError(
             f"bench.plots=true needs matplotlib: {how_to_install('matplotlib')}; or set "
             "bench.plots=false"
         )
+    if first.plots is None and not can_draw:
+        say(f"without plots, which need matplotlib: {how_to_install('matplotlib')}")
     wanted = sum(case.bench.repeats for case in cases)
     say(f"{len(cases)} cases, {wanted} runs, in {out}")
     results = run_cases(cases, out, command)
@@ -82,7 +85,8 @@ def bench(cases: Sequence[Case], *, command: Sequence[str]) -> int:
         table = markdown(results)
         (out / "table.md").write_text(table, encoding="utf-8")
         say(f"\n{table}\nresults: {out / RESULTS}, table: {out / 'table.md'}")
-    if first.plots and any(result.status is Status.ok for result in results):
+    wants = can_draw if first.plots is None else first.plots
+    if wants and any(result.status is Status.ok for result in results):
         from dtune.bench.plots import draw
 
         for file in draw(results, out):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from dtune.checkpoint.universal import (
     plain_name,
 )
 from dtune.checkpoint.writer import Checkpointer
+from dtune.commands.trained import without_backward
 from dtune.config.identity import identity_of
 from dtune.config.run import RunConfig
 from dtune.errors import ConfigError
@@ -69,7 +70,8 @@ def write_start(config: RunConfig, folder: Path, world: World) -> int:
     run = _build(config, world)
     weights = weights_of(run.built, seed=config.seed, start=config.peft.start)
     engine = SingleConfig().build(world, config.precision.name)
-    prepare_engine(engine, run.built, config, weights, run.data.total_steps)
+    forward = replace(config, train=without_backward(config.train))
+    prepare_engine(engine, run.built, forward, weights, run.data.total_steps)
     method = run.built.method
     participant = method if isinstance(method, TakesPartInSteps) else None
     once = CheckpointConfig(asynchronous=False)

@@ -17,12 +17,13 @@ from dtune.config.freeze import load_frozen, read_frozen
 from dtune.config.run import RunConfig
 from dtune.config.suggest import all_keys
 from dtune.errors import ConfigError
-from dtune.optim.schema.adamw import AdamwConfig
+from dtune.optim.schema.adamw import AdamwConfig, Flat
 from dtune.parallel.schema.single import SingleConfig
 from dtune.patch.schema import Backend
 from dtune.quant.schema.none import NoneConfig
 from dtune.run_folder import EXPORTS
-from dtune.runtime.schema import LogConfig
+from dtune.runtime.schema import LogConfig, Recompute
+from dtune.train.schema import TrainConfig
 
 if TYPE_CHECKING:
     from dtune.runtime.world import World
@@ -80,10 +81,16 @@ def without_training(config: RunConfig) -> RunConfig:
         config,
         kernels=kernels,
         parallel=SingleConfig(),
-        optim=AdamwConfig(),
+        optim=AdamwConfig(flat=Flat.never),
+        train=without_backward(config.train),
         log=LogConfig(),
         launch=LocalConfig(),
     )
+
+
+def without_backward(train: TrainConfig) -> TrainConfig:
+    """What decides how a model is built, where it will only compute forward."""
+    return replace(train, recompute=Recompute.none, offload_activations=False)
 
 
 def find_export(folder: Path, which: str) -> Path:

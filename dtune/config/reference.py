@@ -107,9 +107,8 @@ def _kind_text(kind: Any) -> str:
         return f"list of {_kind_text(get_args(kind)[0])}"
     if get_origin(kind) is dict:
         return "mapping"
-    return {"str": "text", "bool": "true, false", "int": "integer", "float": "number"}[
-        kind.__name__
-    ]
+    names = {"str": "text", "bool": "true, false", "int": "integer", "float": "number"}
+    return (names | {"NoneType": "null"})[kind.__name__]
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str:

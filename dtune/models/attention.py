@@ -219,6 +219,8 @@ def varlen_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert dropout == 0.0, "variable-length attention has no dropout"
+    # Norms and rotations of them may have left fp32, where autocast computes the products.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     batch, heads, length, dim = query.shape
     if not attention_mask.numel():
         if sliding_window is None or sliding_window >= length:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from dtune.config.run import RunConfig
-from dtune.config.support import choices, find_illegal
+from dtune.config.support import check_run
 from dtune.errors import ConfigError
 from dtune.measure.memory import GIB
 from dtune.parallel.schema import AUTO, PARALLEL
 from dtune.plan.memory import MemoryPlan
 from dtune.plan.run import Planner, UncountableError
-from dtune.plan.solve import RECOMPUTE
+from dtune.plan.solve import RECOMPUTE, is_legal
 from dtune.runtime.logs import log
 from dtune.runtime.schema import Recompute
 from dtune.runtime.world import World
@@ -108,11 +109,12 @@ def _candidates(run: RunConfig, ranks: int) -> list[RunConfig]:
         for engine in engines
         for level in levels
     ]
-    legal = [one for one in found if find_illegal(choices(one)) is None]
+    legal = [one for one in found if is_legal(one, ranks)]
     if not legal:
-        rule = find_illegal(choices(found[-1]))
-        assert rule is not None
-        raise ConfigError(f"{_keys(run)}: {rule.reason}; use {rule.instead}")
+        try:
+            check_run(found[-1], ranks)
+        except ConfigError as error:
+            raise ConfigError(f"{_keys(run)}: nothing can be chosen: {error}") from error
     return legal
 
 
@@ -148,8 +150,18 @@ def _decide_quietly(run: RunConfig, world: World, memory: int) -> Decision | str
         log.setLevel(level)
 
 
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""What a container or a Slurm job may take of the memory, in bytes, or ``max``."""
+
+
 def memory_of(device: torch.device, ranks: int) -> int:
-    """Bytes of a rank's device; of a CPU, that so many ranks share, its part of the memory."""
+    """Bytes that a rank may take of its device: what others leave, and what it has itself.
+
+    Of a CPU, that so many ranks share, its part of the memory that this process may take.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text(encoding="ascii").strip() if CGROUP_LIMIT.is_file() else "max"
+    return (memory if limit == "max" else min(memory, int(limit))) // ranks

@@ -57,7 +57,7 @@ def held_part(parameter: nn.Parameter) -> torch.Tensor:
     return part.ds_tensor if hasattr(part, "ds_tensor") else parameter
 
 
-SETTLES_WITHIN = 5.0
+SETTLES_WITHIN = 60.0
 """Seconds in which gloo's threads let go of the tensors of a collective that has ended."""
 
 

@@ -29,7 +29,7 @@ fi
 STEPS = ("gpu_kernels", "gpu_tests", "gpu_tests_large", "gpu_kernels_speed", "gpu_loop_overhead")
 
 
-SPEED_STEPS = ("gpu_bench_llama8b", "gpu_peers_llama1b", "gpu_bench_methods", "gpu_peers_llama8b")
+SPEED_STEPS = ("gpu_bench_llama8b", "gpu_peers_llama8b", "gpu_peers_llama1b")
 
 
 def run(

@@ -152,7 +152,8 @@ def test_a_peak_counts_from_where_the_meter_began() -> None:
     peaks = meter.read()
     assert peaks.rss is not None
     assert peaks.base_rss is not None
-    assert 120 * MIB < peaks.rss - peaks.base_rss < 200 * MIB
+    # The system may take other pages of a long-lived process back in between.
+    assert 64 * MIB < peaks.rss - peaks.base_rss < 200 * MIB
     assert peaks.allocated is None
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from dtune.cli import main
+from dtune.commands.trained import choose_trained
 from dtune.config.compose import compose_overrides
-from dtune.config.freeze import load_frozen
+from dtune.config.freeze import load_frozen, read_frozen
 from dtune.errors import ConfigError
 from dtune.measure.memory import GIB
 from dtune.plan import auto
-from dtune.plan.auto import decide_here
+from dtune.plan.auto import decide_here, memory_of
 from dtune.plan.run import plan_run
+from dtune.runtime.schema import Recompute
 from dtune.runtime.world import World
 from dtune.worker import describe_run
 from tests.distributed.pool import Pool
@@ -43,6 +47,11 @@ def test_a_run_trains_with_what_was_chosen_and_says_why(
     assert [line.rsplit(", ", 1)[1] for line in lines] == ["does not fit", "does not fit", "fits"]
     assert f"of {memory / GIB:.2f} GiB a rank" in told
     assert "(single, fp32)" in (tmp_path / "run" / "report.md").read_text("utf-8")
+    # Its config keeps what was asked for; what only computes forward has nothing to choose.
+    assert read_frozen(tmp_path / "run").train.recompute is Recompute.auto
+    trained = choose_trained(str(tmp_path / "run"), "", [])
+    assert trained is not None
+    assert trained.config.train.recompute is Recompute.none
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_reads_weights(
@@ -83,3 +92,14 @@ def test_ranks_choose_alike_by_the_smallest_of_their_devices(two_ranks: Pool, sh
     refused = two_ranks.run(case, overrides=overrides, memory=[10, 10])
     assert refused[0] == refused[1]
     assert refused[0].startswith("nothing that parallel=auto can choose fits")
+
+
+@pytest.mark.parametrize(("limit", "ranks", "most"), [("max\n", 1, None), ("1000\n", 4, 250)])
+def test_a_rank_on_a_cpu_may_take_its_part_of_what_the_job_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, ranks: int, most: int | None
+) -> None:
+    file = tmp_path / "memory.max"
+    file.write_text(limit)
+    monkeypatch.setattr(auto, "CGROUP_LIMIT", file)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory_of(torch.device("cpu"), ranks) == (whole if most is None else most)

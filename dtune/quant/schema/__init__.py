@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,8 @@ class ByteConfig(QuantConfig):
     cache_gib: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.cache_gib < 0:
-            raise ConfigError(f"quant.cache_gib={self.cache_gib:g} must be 0 or more")
+        if not 0 <= self.cache_gib < math.inf:
+            raise ConfigError(f"quant.cache_gib={self.cache_gib:g} must be 0 or more, and finite")
 
 
 @dataclass
