@@ -6,21 +6,12 @@
 # Installs into the environment of PYTHON (python3) what it lacks, from WHEELHOUSE alone: a folder
 # of wheels for hydra-core, datasets and whatever else is not there already; pytest-xdist, with which
 # the tests run side by side, bitsandbytes, liger-kernel and trl, which are compared with, and
-# nvidia-ml-py, which reads the energy, are taken if they are there. Without WHEELHOUSE everything must be installed. What is printed is kept
-# in OUT (benchmarks/results). LIMIT is the time for all of it in seconds (530), COMMIT says what is
-# checked where this is no git checkout.
+# nvidia-ml-py, which reads the energy, are taken if they are there. Without WHEELHOUSE everything
+# must be installed. What is printed is kept in OUT (benchmarks/results). LIMIT is the time for all
+# of it in seconds (530), COMMIT says what is checked where this is no git checkout.
 # Exit code: 0 all passed, 1 something failed, 2 the checks could not run here.
-set -uo pipefail
-wheelhouse=${1:+$(realpath -- "$1")}
-cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3}
-out=${OUT:-benchmarks/results}
-limit=${LIMIT:-530}
-mkdir -p "$out" || exit 2
-work=$(mktemp -d) || exit 2
-trap 'rm -rf "$work"' EXIT
 # shellcheck source=benchmarks/gpu_steps.sh
-source benchmarks/gpu_steps.sh
+source "$(dirname "$0")/gpu_steps.sh"
 
 rm -f "$out"/gpu_{kernels,tests,tests_large,kernels_speed,loop_overhead,memcheck}.txt
 pytest=("$python" -m pytest -p no:cacheprovider -q)

@@ -6,17 +6,8 @@
 #
 # Arguments, environment and exit code are those of benchmarks/gpu_checks.sh. Results are kept in
 # OUT: gpu_bench_llama8b.jsonl of `dtune bench`, gpu_peers_*.jsonl of benchmarks/peers.
-set -uo pipefail
-wheelhouse=${1:+$(realpath -- "$1")}
-cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3}
-out=${OUT:-benchmarks/results}
-limit=${LIMIT:-530}
-mkdir -p "$out" || exit 2
-work=$(mktemp -d) || exit 2
-trap 'rm -rf "$work"' EXIT
 # shellcheck source=benchmarks/gpu_steps.sh
-source benchmarks/gpu_steps.sh
+source "$(dirname "$0")/gpu_steps.sh"
 
 steps=(gpu_bench_llama8b gpu_peers_llama8b gpu_peers_llama1b)
 for step in "${steps[@]}"; do

@@ -1,8 +1,19 @@
-# Sourced by the scripts that run on a machine with a GPU: installs, and runs steps within LIMIT.
+# Sourced by the scripts that run on a machine with a GPU, with their arguments: installs, and runs
+# steps within LIMIT.
 #
-# Needs: wheelhouse (a folder, or empty), python, out, work, limit. Gives: check, note, left, show,
-# conclude. Where the checks cannot run here it exits with 2.
-# shellcheck shell=bash disable=SC2154
+# Gives: python, out, work, a folder that is removed in the end, and check, note, left, show,
+# conclude. Where nothing can run here it exits with 2.
+# shellcheck shell=bash
+
+set -uo pipefail
+wheelhouse=${1:+$(realpath -- "$1")}
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+limit=${LIMIT:-530}
+mkdir -p "$out" || exit 2
+work=$(mktemp -d) || exit 2
+trap 'rm -rf "$work"' EXIT
 
 # The checkout is used as it is: building a wheel would need its build backend here as well.
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/launch${PYTHONPATH:+:$PYTHONPATH}"

@@ -65,11 +65,15 @@ def test_a_wrong_number_is_noticed(two_ranks: Pool, engine: str) -> None:
 
 
 LARGE = [
+    ("single", "full", "none"),
+    ("single", "lora", "selective"),
     ("ddp", "lora", "full"),
     ("fsdp", "full", "full"),
     ("fsdp", "lora", "selective"),
+    ("zero1", "lora", "none"),
     ("zero2", "full", "none"),
     ("zero3", "lora", "none"),
+    ("zero3", "full", "full"),
 ]
 
 

@@ -40,7 +40,6 @@ def results_of(folder: Path) -> dict[str, CaseResult]:
 
 @pytest.mark.slow
 def test_methods_are_measured_side_by_side_and_scored_at_equal_tokens(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     done = bench(
         *("experiment=quickstart", "peft=lora,qlora", "schedule.warmup_steps=0"),

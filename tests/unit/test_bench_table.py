@@ -106,7 +106,6 @@ def test_of_a_single_run_the_spread_is_that_of_its_steps() -> None:
 
 
 def test_plots_are_written_as_png_and_svg(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     bad = without_numbers("peft=full", Status.oom, "no room")
     files = draw([result(score=SCORE), result("peft=qlora"), bad], tmp_path)
     assert {file.name for file in files} == {f"{n}.{e}" for n in NAMES for e in ("png", "svg")}

@@ -1,6 +1,8 @@
 """Packing: every row once in every epoch, no pack too full, and few slots empty."""
 
+import sys
 from bisect import bisect_left, insort
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -98,8 +100,20 @@ def test_epochs_can_be_visited_in_any_order() -> None:
     assert [plan.rows(at) for at in reversed(positions)] == there[::-1]
 
 
-def test_a_million_rows_are_packed_tightly() -> None:
+def test_a_million_rows_are_packed_tightly_and_not_row_by_row() -> None:
     lengths = np.random.default_rng(0).lognormal(5, 1, 10**6).astype(np.int64).clip(4, 4096)
-    plan = SequencePlan(lengths, max_length=4096, packing=True, shuffle=True, seed=0)
-    plan.rows(plan.num_sequences)
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        plan = SequencePlan(lengths, max_length=4096, packing=True, shuffle=True, seed=0)
+        plan.rows(plan.num_sequences)
+    finally:
+        sys.setprofile(None)
+    # A method that goes row by row calls something for each.
+    assert calls < len(lengths) / 2
     assert lengths.sum() / (4096 * plan.num_sequences) > 0.99

@@ -101,7 +101,9 @@ def differences(planned: dict[str, int], found: dict[str, int]) -> dict[str, flo
     return {key: share for key, share in off.items() if share > WITHIN}
 
 
-def check(world: World, setup: Setup, within: AbstractContextManager[Any] | None = None) -> None:
+def assert_planned(
+    world: World, setup: Setup, within: AbstractContextManager[Any] | None = None
+) -> None:
     """Count a step, and hold the plan against it."""
     planned = plan(setup, ranks=1)
     with within or nullcontext():
@@ -134,20 +136,20 @@ def cells(*models: str) -> list[Any]:
 
 @pytest.mark.parametrize(("peft", "quant"), cells("tiny"))
 def test_the_tiny_model(world: World, peft: str, quant: str) -> None:
-    check(world, replace(TINY, peft=peft, quant=quant, precision="bf16"))
+    assert_planned(world, replace(TINY, peft=peft, quant=quant, precision="bf16"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", PEFT.names())
 def test_the_tiny_model_in_fp32(world: World, peft: str) -> None:
-    check(world, replace(TINY, peft=peft))
+    assert_planned(world, replace(TINY, peft=peft))
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("peft", "quant"), [("full", "none"), ("lora", "nf4"), ("dora", "none")])
 def test_the_tiny_model_with_kernels(world: World, peft: str, quant: str, recompute: str) -> None:
     setup = replace(TINY, peft=peft, quant=quant, recompute=recompute, precision="bf16")
-    check(world, replace(setup, kernels=True))
+    assert_planned(world, replace(setup, kernels=True))
 
 
 @pytest.mark.parametrize(("shape", "peft", "quant"), cells(*SHAPES))
@@ -159,7 +161,7 @@ def test_two_layers_of_large_models(
     setup = replace(TINY, model=slices[shape], peft=peft, quant=quant, precision="bf16")
     # VeRA for real: unwritten, less is held of its large shared matrices than by real operations.
     within = nullcontext() if peft == "vera" else Uncomputed()
-    check(world, replace(setup, peft_options=options), within)
+    assert_planned(world, replace(setup, peft_options=options), within)
 
 
 @pytest.mark.slow
@@ -169,7 +171,7 @@ def test_two_layers_of_large_models_computed(
     world: World, slices: dict[str, str], shape: str, peft: str, quant: str
 ) -> None:
     setup = replace(TINY, model=slices[shape], peft=peft, quant=quant, precision="bf16")
-    check(world, setup)
+    assert_planned(world, setup)
 
 
 @pytest.mark.parametrize(
