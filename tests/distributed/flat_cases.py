@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtune.optim.flat import FlatAdamW
 from dtune.parallel.base import TorchEngine
 from dtune.runtime.world import World
+from tests.distributed.operations import Operations
 from tests.distributed.training import Setup, build, copied, put_back, train
-
-
-class _Names(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def operations(world: World, *, setup: Setup) -> dict[str, Any]:
@@ -33,7 +18,7 @@ def operations(world: World, *, setup: Setup) -> dict[str, Any]:
     built = build(world, setup)
     engine = built.engine
     train(world, engine, setup, range(1))
-    names = _Names()
+    names = Operations()
     with names:
         train(world, engine, setup, range(1, 2))
     assert isinstance(engine, TorchEngine)
@@ -72,7 +57,7 @@ def blocked(world: World, *, setup: Setup) -> dict[str, bool]:
     engine: Any = built.engine
     train(world, engine, setup, range(1))
     before, scalars = copied(world, built)
-    names = _Names()
+    names = Operations()
     real_step = engine.step
 
     def stop(_: torch.Tensor | None = None) -> None:

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtune.peft import virtual_rows
 from dtune.train.step import train_step
 from dtune.types import Batch
+from tests.distributed.operations import Operations
 from tests.integration.train_runs import Assembled, assembled, settings, train
 
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
 """With which the host would wait for a GPU to hand it a number or a shape."""
-
-
-class Operations(TorchDispatchMode):
-    """Counts them by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def step(it: Assembled, number: int, batches: list[Batch]) -> torch.Tensor:
