@@ -18,6 +18,7 @@ from dtune.data.loader import Loader
 from dtune.data.prompts import Prompt, read_prompts
 from dtune.data.tokenize import prepare_dataset
 from dtune.evaluate.heldout import HeldOut
+from dtune.measure.flops import MatrixCounts
 from dtune.models.attention import attention_in_words
 from dtune.models.load import build_model, open_weights, quantized_by_files
 from dtune.models.sources import ChainedSource, RenamedSource
@@ -36,7 +37,7 @@ from dtune.quant.stored import (
 from dtune.runtime.logs import log
 from dtune.runtime.schema import Precision
 from dtune.runtime.world import World
-from dtune.train.speed import MatrixCounts, count_matrices
+from dtune.train.speed import count_matrices
 from dtune.types import (
     Engine,
     InjectReport,
@@ -105,7 +106,7 @@ def build_trained_model(
     report = method.inject(model, spec)
     check_trained(model, spec, peft=run.peft.name)
     frozen = {n: tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
-    matrices = count_matrices(model)
+    matrices = count_matrices(model, spec)
     quant = with_stored_floats(run.quant, spec)
     where = device or torch.device("cpu")
     quantizer = quant.build(where)

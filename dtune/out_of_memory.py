@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 
-from dtune.build import BuiltModel, build_trained_model
 from dtune.config.run import RunConfig
-from dtune.config.support import accumulation_steps, check_run
+from dtune.config.support import check_run
 from dtune.errors import ConfigError
 from dtune.measure.memory import GIB
 from dtune.optim.schema import OPTIM
 from dtune.parallel.footprint import Footprint
 from dtune.parallel.schema import PARALLEL
 from dtune.patch.schema import Backend
-from dtune.plan.memory import (
-    MemoryPlan,
-    MemoryRequest,
-    plain_loss,
-    plan_held,
-    plan_memory,
-    request_of,
-)
+from dtune.plan.memory import MemoryPlan
+from dtune.plan.run import Planner
 from dtune.quant.schema import QUANT
 from dtune.runtime.capabilities import is_installed
 from dtune.runtime.logs import log
@@ -38,8 +28,6 @@ from dtune.runtime.schema import Recompute
 from dtune.runtime.watch.heartbeat import current_micro
 from dtune.train.trainer import Trainer
 from dtune.types import Batch
-
-T = TypeVar("T")
 
 # What allocators say that raise no error of their own kind.
 _WORDS = ("can't allocate memory", "cublas_status_alloc_failed", "cuda error: out of memory")
@@ -116,31 +104,43 @@ def advise(run: RunConfig, trainer: Trainer | None, *, seconds: float) -> str:
 
 
 class Counter:
-    """Counts the memory of a run under other settings until a deadline."""
+    """Counts the memory of a run under other settings until a deadline.
+
+    Most settings are counted on the model of the run itself; what needs another model, or another
+    pass, is left out where there is no time for it.
+    """
 
     def __init__(self, run: RunConfig, batch: Batch, ranks: int, deadline: float) -> None:
         self._run = run
         self._batch = batch
         self._ranks = ranks
         self._deadline = deadline
-        self._longest = 0.0
         self._gpu = torch.cuda.is_available()
+        self._building = self._tracing = 0.0
 
     def count(self) -> list[Remedy]:
         """What helps, of all that was counted in time."""
-        now = self._timed(lambda: self._plan(self._run))
-        if now is None:
+        planner = self._planner(self._run)
+        if planner is None or (now := self._memory(planner, self._run)) is None:
             return []
-        found = [*self._of_less_data(now), *self._of_engines(now)]
-        for setting, other in self._other_passes():
-            if self._holds(other):
-                plan = self._timed(lambda other=other: self._plan(other))  # type: ignore[misc]
-                if plan is not None:
-                    found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
+        found = list(self._of_less(now))
+        for setting, other in self._checked(self._other_engines()):
+            found.append(Remedy(setting, self._saved(now, planner.held(other))))
+        for setting, other in self._checked(self._other_passes()):
+            plan = self._memory(planner, other)
+            if plan is not None:
+                found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
+        for setting, other in self._checked(self._other_bases()):
+            if another := self._planner(other):
+                found.append(Remedy(setting, self._saved(now, another.held(other))))
+        for setting, other in self._checked(self._other_kernels()):
+            another = self._planner(other)
+            if another and (plan := self._memory(another, other)):
+                found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
         return [remedy for remedy in found if remedy.saves > 0]
 
-    def _of_less_data(self, now: MemoryPlan) -> Iterator[Remedy]:
-        """Activations are in proportion to the tokens of a micro batch."""
+    def _of_less(self, now: MemoryPlan) -> Iterator[Remedy]:
+        """Activations are in proportion to the tokens of a micro batch; the rest is one number."""
         rows, width = self._batch.input_ids.shape
         saved, train = now.saved.activations, self._run.train
         if train.micro_batch_size > 1:
@@ -150,21 +150,18 @@ class Counter:
         length = self._run.data.max_length // 2
         if width > length:
             yield Remedy(f"data.max_length={length}", saved * (width - length) // width)
+        if now.kept:
+            yield Remedy("quant.cache_gib=0", now.kept)
 
-    def _of_engines(self, now: MemoryPlan) -> Iterator[Remedy]:
-        """What needs no forward pass to be counted."""
-        for setting, other in self._other_storage():
-            if not self._holds(other):
-                continue
-            held = self._timed(lambda other=other: self._held(other))  # type: ignore[misc]
-            if held is not None:
-                copies = now.saved.copies if now.held.autocasts and not held.autocasts else 0
-                yield Remedy(setting, now.held.device_bytes + copies - held.device_bytes)
+    @staticmethod
+    def _saved(now: MemoryPlan, held: Footprint) -> int:
+        """By holding other things, with passes that save the same."""
+        copies = now.saved.copies if now.held.autocasts and not held.autocasts else 0
+        return now.held.device_bytes + copies - held.device_bytes
 
-    def _other_storage(self) -> Iterator[tuple[str, RunConfig]]:
+    def _other_engines(self) -> Iterator[tuple[str, RunConfig]]:
+        """Of the same model: no pass is counted anew."""
         run = self._run
-        if run.quant.name == "none":
-            yield "quant=nf4", replace(run, quant=QUANT.config("nf4")())
         if self._ranks > 1 and run.parallel.name not in ("fsdp", "zero3"):
             yield "parallel=fsdp", replace(run, parallel=PARALLEL.config("fsdp")())
         if self._gpu and vars(run.parallel).get("cpu_offload") is False:
@@ -176,6 +173,7 @@ class Counter:
             yield "optim=adamw8bit", replace(run, optim=OPTIM.config("adamw8bit")())
 
     def _other_passes(self) -> Iterator[tuple[str, RunConfig]]:
+        """Of the same model."""
         run, train = self._run, self._run.train
         if train.recompute is not Recompute.full:
             other = replace(train, recompute=Recompute.full)
@@ -183,38 +181,47 @@ class Counter:
         if self._gpu and not train.offload_activations:
             other = replace(train, offload_activations=True)
             yield "train.offload_activations=true", replace(run, train=other)
+
+    def _other_bases(self) -> Iterator[tuple[str, RunConfig]]:
+        """Of another model, with the same passes."""
+        if self._run.quant.name == "none":
+            yield "quant=nf4", replace(self._run, quant=QUANT.config("nf4")())
+
+    def _other_kernels(self) -> Iterator[tuple[str, RunConfig]]:
+        """Of another model, with other passes."""
+        run = self._run
         if self._gpu and run.kernels.name is Backend.torch:
-            other_kernels = replace(run.kernels, name=Backend.auto)
-            yield "kernels=auto", replace(run, kernels=other_kernels)
+            other = replace(run.kernels, name=Backend.auto)
+            yield "kernels=auto", replace(run, kernels=other)
 
-    def _holds(self, run: RunConfig) -> bool:
-        try:
-            check_run(run, self._ranks)
-        except ConfigError:
-            return False
-        return True
+    def _checked(self, others: Iterator[tuple[str, RunConfig]]) -> Iterator[tuple[str, RunConfig]]:
+        """Those that a run would not be refused with."""
+        for setting, other in others:
+            with suppress(ConfigError):
+                check_run(other, self._ranks)
+                yield setting, other
 
-    def _plan(self, run: RunConfig) -> MemoryPlan:
-        built, request = self._build(run)
-        return plan_memory(built.model, built.spec, request, self._batch, plain_loss)
-
-    def _held(self, run: RunConfig) -> Footprint:
-        built, request = self._build(run)
-        return plan_held(built.model, built.spec, request)
-
-    def _build(self, run: RunConfig) -> tuple[BuiltModel, MemoryRequest]:
-        built = build_trained_model(run, load=False)
-        accumulates = accumulation_steps(run, self._ranks) > 1
-        return built, request_of(run, built, self._ranks, accumulates=accumulates)
-
-    def _timed(self, act: Callable[[], T]) -> T | None:
-        """What ``act`` gives; None where it would take too long, or it cannot be counted."""
+    def _planner(self, run: RunConfig) -> Planner | None:
+        """None where building would take too long, or it cannot be planned."""
         start = time.monotonic()
-        if start + self._longest > self._deadline:
+        if start + self._building > self._deadline:
             return None
+        device = torch.device("cuda" if self._gpu else "cpu")
         try:
-            return act()
-        except (ConfigError, DataDependentOutputException, DynamicOutputShapeException):
+            return Planner(run, self._ranks, None, device=device)
+        except ConfigError:
             return None
         finally:
-            self._longest = max(self._longest, time.monotonic() - start)
+            self._building = max(self._building, time.monotonic() - start)
+
+    def _memory(self, planner: Planner, run: RunConfig) -> MemoryPlan | None:
+        """None where a pass would take too long, or it cannot be counted; the first is awaited."""
+        start = time.monotonic()
+        if self._tracing and start + self._tracing > self._deadline:
+            return None
+        try:
+            return planner.memory(run, self._batch)
+        except ConfigError:
+            return None
+        finally:
+            self._tracing = max(self._tracing, time.monotonic() - start)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.peers.work import TARGETS, Work
-from dtune.measure.flops import FlopsModel
+from dtune.measure.flops import FlopsModel, MatrixCounts
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     # The embedded model of dtune: about 1 M parameters.
@@ -98,13 +98,17 @@ def flops_per_token(work: Work) -> float:
     wide = shape["intermediate_size"]
     linears = [(hidden, hidden), (hidden, narrow), (hidden, narrow), (hidden, hidden)]
     linears += [(hidden, wide), (hidden, wide), (wide, hidden)]
-    model = FlopsModel(
-        frozen=layers * sum(i * o for i, o in linears) + hidden * shape["vocab_size"],
+    counts = MatrixCounts(
+        frozen=layers * sum(i * o for i, o in linears),
         trained=layers * sum(work.rank * (i + o) for i, o in linears),
-        num_layers=layers,
-        hidden=hidden,
+        head_frozen=hidden * shape["vocab_size"],
+        head_trained=0,
     )
-    return model.per_token(work.length / work.documents)
+    # Nothing predicts the first token of a document.
+    targets = (work.length - work.documents) / work.length
+    return FlopsModel(counts, layers, hidden).per_token(
+        work.length / work.documents, targets=targets
+    )
 
 
 def read_documents(work: Work) -> npt.NDArray[np.int64]:

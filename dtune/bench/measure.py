@@ -27,6 +27,7 @@ from dtune.bench.timing import (
 )
 from dtune.config.run import RunConfig
 from dtune.config.support import check_run
+from dtune.measure.flops import FLOPS_FORMULA
 from dtune.parallel.base import COMPUTE_DTYPES
 from dtune.plan.auto import decide_here
 from dtune.runtime.seed import seed_everything
@@ -36,12 +37,9 @@ from dtune.train.step import count_tokens
 T = TypeVar("T", int, float)
 
 FORMULA = (
-    "FLOPs a token = 4 N_frozen + 6 N_trained + 6 L H S_document (N: parameters of matrix "
-    "products; a frozen product costs no weight gradient; causal attention, forward and backward), "
-    "less 2 N_block + 4 H S_document for each block below all that is trained; "
-    "MFU = tokens/s per device x FLOPs a token / peak of the data sheet, share of the ceiling = "
-    "the same / FLOP/s of the model's own products measured before in the same process; padding "
-    "and recomputation do not count as work"
+    f"{FLOPS_FORMULA}; MFU = tokens/s per device x FLOPs a token / peak of the data sheet, share "
+    "of the ceiling = the same / FLOP/s of the model's own products measured before in the same "
+    "process"
 )
 _LOOK_EVERY = 5
 _OVERFLOWS = 10
@@ -196,7 +194,7 @@ def _collect(subject: Subject, passage: _Passage, watched: _Watched) -> Measured
         p10_seconds=times.p10,
         p90_seconds=times.p90,
         tokens_per_second=tokens / times.median,
-        flops_per_token=subject.speed.flops_per_token,
+        flops_per_token=subject.speed.flops_per_token(targets / tokens),
         flops_formula=FORMULA,
         peak_flops=None if peak is None else peak / world.size,
         ceiling_flops=watched.ceiling,

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from dtune.bench.batches import BatchShape, make_batches
-from dtune.bench.reach import unreached_flops
 from dtune.bench.schema import BenchConfig, WeightsFrom
 from dtune.bench.weights import DrawnOnDevice
 from dtune.build import (
@@ -138,7 +137,6 @@ def build_subject(run: RunConfig, bench: BenchConfig, world: World) -> Subject:
     shape = shape_of(run, bench)
     lengths = np.array(shape.lengths, dtype=np.int64)
     speed = speed_of(built.matrices, built.spec, lengths, run.precision.name, world)
-    spared = unreached_flops(built, float(np.square(lengths).sum() / lengths.sum()))
     objective, notes = _objective(run)
     engine = run.parallel.build(world, run.precision.name)
     weights = weights_of(built, seed=run.seed, start=run.peft.start)
@@ -149,7 +147,7 @@ def build_subject(run: RunConfig, bench: BenchConfig, world: World) -> Subject:
         engine=engine,
         objective=objective,
         batches=synthetic_batches(run, bench, built, world),
-        speed=dataclasses.replace(speed, flops_per_token=speed.flops_per_token - spared),
+        speed=speed,
         participant=built.method if isinstance(built.method, TakesPartInSteps) else None,
         total_steps=total_steps,
         notes=notes,

@@ -21,7 +21,7 @@ from dtune.plan.cards import choose_card, limit_of
 if TYPE_CHECKING:
     from dtune.build import BuiltModel
     from dtune.measure.cards import Card
-    from dtune.plan.run import Planner
+    from dtune.plan.run import Content, Planner
     from dtune.types import Batch
 
 Rows = list[tuple[str, str]]
@@ -59,10 +59,8 @@ class DataFacts:
     """The micro batch of the first step that trains most tokens; None where there are no data."""
     steps: int = 0
     """0 where it is not known."""
-    mean_length: float | None = None
-    """Of documents, weighted by tokens."""
-    tokens: float = 0.0
-    """Of one step, without padding."""
+    content: Content | None = None
+    """Of an average step; None where there are no data."""
 
 
 def run(argv: list[str]) -> int:
@@ -131,7 +129,7 @@ def _plan(run: RunConfig, own: PlanSettings, cluster: Cluster, card: Card | None
         ]
     )
     try:
-        plan = planner.plan(run, data.batch, mean_length=data.mean_length)
+        plan = planner.plan(run, data.batch, data.content)
     except UncountableError as error:
         if own.find is not Find.nothing:
             raise
@@ -139,7 +137,7 @@ def _plan(run: RunConfig, own: PlanSettings, cluster: Cluster, card: Card | None
         return
     _say(memory_lines(plan, data.batch or planner.batch(run)))
     _say(work_lines(plan))
-    _say(time_lines(plan, steps=data.steps, tokens=data.tokens))
+    _say(time_lines(plan, steps=data.steps))
     _say(_found(own.find, planner))
 
 
@@ -218,6 +216,7 @@ def _data(run: RunConfig, world_size: int) -> DataFacts:
 
     from dtune.build import build_data
     from dtune.models.load import load_tokenizer
+    from dtune.plan.run import Content
     from dtune.runtime.world import World
 
     try:
@@ -249,6 +248,9 @@ def _data(run: RunConfig, world_size: int) -> DataFacts:
         rows,
         batch,
         steps=data.total_steps,
-        mean_length=float(np.square(lengths).sum() / max(1.0, lengths.sum())),
-        tokens=report.tokens * epochs / data.total_steps,
+        content=Content(
+            mean_length=float(np.square(lengths).sum() / max(1.0, lengths.sum())),
+            tokens=report.tokens * epochs / data.total_steps,
+            targets=report.trained_tokens * epochs / data.total_steps,
+        ),
     )

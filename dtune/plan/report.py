@@ -66,18 +66,17 @@ def _sent(sent: Sent) -> str:
     )
 
 
-def time_lines(plan: RunPlan, *, steps: int, tokens: float) -> list[str]:
-    """Floor, prediction and hours. ``tokens`` of a step without padding; 0: as many as slots."""
+def time_lines(plan: RunPlan, *, steps: int) -> list[str]:
+    """Floor, prediction and hours; ``steps``: 0 where their number is not known."""
     times, speed = plan.times, plan.slots_per_second
     if times is None or speed is None or plan.mfu is None:
         return []
-    share = tokens / plan.slots if tokens else 1.0
     lines = [
         f"floor: {times.floor:.4g} s a step, {plan.slots / times.floor:,.0f} tokens/s",
         f"predicted: {times.step:.4g} s a step = {times.passes:.4g} passes + "
         f"{times.optimizer:.4g} optimizer + {times.exposed:.4g} that nothing runs beside",
         f"predicted: {speed:,.0f} tokens/s, {speed / plan.ranks:,.0f} a card, MFU {plan.mfu:.1%}; "
-        f"{share * speed:,.0f} tokens/s without padding",
+        f"{plan.tokens / times.step:,.0f} tokens/s without padding",
     ]
     if steps:
         hours = steps * times.step / 3600

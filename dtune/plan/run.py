@@ -10,6 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedMutationAliasingException,
+    UnsupportedOperatorException,
 )
 from transformers import PretrainedConfig
 
@@ -22,13 +25,14 @@ from dtune.measure.operations import Operation
 from dtune.models.attention import VARLEN
 from dtune.models.load import locate
 from dtune.models.schema import Attention, ModelConfig
-from dtune.parallel.footprint import MASTER
+from dtune.parallel.footprint import MASTER, Footprint
 from dtune.plan.memory import (
     MemoryPlan,
     MemoryRequest,
     full_batch,
     mean_length_of,
     plain_loss,
+    plan_held,
     plan_memory,
     planned_of,
     request_of,
@@ -40,9 +44,28 @@ from dtune.runtime.schema import Precision
 from dtune.train.speed import flops_model
 from dtune.types import Batch
 
+_BY_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_UNKNOWN = (
+    UnsupportedFakeTensorException,
+    UnsupportedMutationAliasingException,
+    UnsupportedOperatorException,
+)
+
 
 class UncountableError(ConfigError):
-    """The passes of a model depend on values."""
+    """The passes of a model cannot be counted without values."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is in the rows of an average step, over all ranks."""
+
+    mean_length: float
+    """Of documents in tokens, weighted by tokens."""
+    tokens: float
+    """Without padding."""
+    targets: float
+    """Tokens that are trained on."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +80,10 @@ class RunPlan:
     """Positions of a step over all ranks, padding included."""
     operations: Mapping[Operation, int]
     """Of one micro batch."""
+    tokens: float
+    """Of a step over all ranks, without padding."""
     model_flops: float
-    """FLOPs a token by the formula of MFU: recomputation is not counted."""
+    """FLOPs of such a token by the formula of MFU: recomputation is not counted."""
     sent: tuple[Sent, ...]
     card: Card | None
     times: Times | None
@@ -82,10 +107,10 @@ class RunPlan:
     @property
     def mfu(self) -> float | None:
         """Predicted share of the cards' peak; None without a card."""
-        if self.card is None or self.slots_per_second is None:
+        if self.card is None or self.times is None:
             return None
         peak = self.ranks * self.card.half_flops
-        return self.slots_per_second * self.model_flops / peak
+        return self.tokens / self.times.step * self.model_flops / peak
 
     @property
     def fits(self) -> bool | None:
@@ -149,25 +174,38 @@ class Planner:
             plan = plan_memory(
                 model, spec, self.request(run), used, plain_loss, tracer=self._tracer
             )
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        except _BY_VALUES as error:
             raise UncountableError(
                 f"{spec.family} ({spec.path}) decides by values what it computes, and cannot be "
                 f"planned without them ({error})"
             ) from error
+        except _UNKNOWN as error:
+            raise UncountableError(
+                f"{spec.family} ({spec.path}) calls an operation whose result's shape torch does "
+                f"not know without computing it, and cannot be planned ({error})"
+            ) from error
         return replace(plan, on_gpu=plan.on_gpu or self.card is not None)
 
+    def held(self, run: RunConfig) -> Footprint:
+        """What a rank holds besides activations, under settings."""
+        return plan_held(self.built.model, self.built.spec, self.request(run))
+
     def plan(
-        self, run: RunConfig, batch: Batch | None = None, *, mean_length: float | None = None
+        self, run: RunConfig, batch: Batch | None = None, content: Content | None = None
     ) -> RunPlan:
-        """Everything under settings. ``mean_length`` of documents, weighted by tokens."""
+        """Everything under settings; without data steps are full and trained on whole."""
         memory = self.memory(run, batch)
         planned = planned_of(self.built.model, self.built.spec, self.request(run))
         micros = accumulation_steps(run, self.ranks)
         collectives = run.parallel.traffic(planned, micros=micros)
         sent = tuple(send(one, self.card, per_node=self._per_node) for one in collectives)
         width = run.data.max_length if batch is None else batch.input_ids.shape[1]
-        if mean_length is None:
-            mean_length = mean_length_of(self.batch(run))
+        slots = run.train.global_batch_size * width
+        if content is None:
+            full = self.batch(run)
+            content = Content(
+                mean_length_of(full), slots, slots * full.num_targets / full.num_slots
+            )
         flops = flops_model(self.built.matrices, self.built.spec)
         times = None
         if self.card is not None:
@@ -183,9 +221,12 @@ class Planner:
             memory=memory,
             ranks=self.ranks,
             micros=micros,
-            slots=run.train.global_batch_size * width,
+            slots=slots,
             operations=memory.saved.operations,
-            model_flops=flops.per_token(mean_length),
+            tokens=content.tokens,
+            model_flops=flops.per_token(
+                content.mean_length, targets=content.targets / content.tokens
+            ),
             sent=sent,
             card=self.card,
             times=times,

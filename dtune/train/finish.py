@@ -103,7 +103,7 @@ def _collect(trainer: Trainer, state: State, exported: str, best_exported: str) 
         targets=progress.targets,
         tokens_per_second=meter.tokens_per_second,
         targets_per_second=meter.targets_per_second,
-        mfu=trainer.speed.mfu(meter.tokens_per_second),
+        mfu=trainer.speed.mfu(meter.tokens_per_second, meter.targets_per_second),
         peak_memory_gib=peak_memory_gib(trainer.world.device),
         training_seconds=meter.seconds,
         excluded_seconds=meter.excluded,

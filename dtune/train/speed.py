@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from dtune.measure.flops import FlopsModel, peak_flops
+from dtune.measure.flops import FlopsModel, MatrixCounts, peak_flops
 from dtune.runtime.schema import Precision
 from dtune.runtime.world import World
+from dtune.train.reach import unreached_blocks
 from dtune.types import ModelSpec
 
 
@@ -20,26 +22,25 @@ from dtune.types import ModelSpec
 class Speed:
     """What turns tokens per second into a share of the devices' peak."""
 
-    flops_per_token: float
+    flops: FlopsModel
+    mean_length: float
+    """Of documents in tokens, weighted by tokens."""
     peak_flops: float | None
     """Of all devices together in FLOP/s; None where it is not known."""
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the peak, where that is known."""
+    def flops_per_token(self, targets: float) -> float:
+        """Where ``targets`` is the share of tokens that are trained on."""
+        return self.flops.per_token(self.mean_length, targets=targets)
+
+    def mfu(self, tokens_per_second: float, targets_per_second: float) -> float | None:
+        """Share of the peak, where that is known. Tokens are without padding."""
         if self.peak_flops is None:
             return None
-        return tokens_per_second * self.flops_per_token / self.peak_flops
+        others = tokens_per_second * self.flops_per_token(0.0)
+        return (others + targets_per_second * self.flops.per_target) / self.peak_flops
 
 
-@dataclass(frozen=True)
-class MatrixCounts:
-    """Parameters of matrix products; embedding look-ups multiply nothing."""
-
-    frozen: int
-    trained: int
-
-
-def count_matrices(model: nn.Module) -> MatrixCounts:
+def count_matrices(model: PreTrainedModel, spec: ModelSpec) -> MatrixCounts:
     """Count a model with its method in place, before its linears become bytes."""
     embeddings = {
         id(parameter)
@@ -47,29 +48,31 @@ def count_matrices(model: nn.Module) -> MatrixCounts:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
+    head = model.get_output_embeddings()
+    of_head = set() if head is None else {id(p) for p in head.parameters()}
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
-    frozen = trained = 0
+    counts: Counter[tuple[bool, bool]] = Counter()
     for parameter in model.parameters():
         # An embedding is looked up; it multiplies only where it is the head as well.
         if id(parameter) in embeddings and uses[parameter] == 1:
             continue
-        if parameter.requires_grad:
-            trained += parameter.numel()
-        else:
-            frozen += parameter.numel()
-    return MatrixCounts(frozen, trained)
+        counts[id(parameter) in of_head, parameter.requires_grad] += parameter.numel()
+    unreached = unreached_blocks(model, spec)
+    return MatrixCounts(
+        frozen=counts[False, False],
+        trained=counts[False, True],
+        head_frozen=counts[True, False],
+        head_trained=counts[True, True],
+        unreached=sum(p.numel() for block in unreached for p in block.parameters()),
+        unreached_blocks=len(unreached),
+    )
 
 
 def flops_model(matrices: MatrixCounts, spec: ModelSpec) -> FlopsModel:
     """What FLOPs a token follow from."""
     text = spec.config.get_text_config()
     head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
-    return FlopsModel(
-        frozen=matrices.frozen,
-        trained=matrices.trained,
-        num_layers=text.num_hidden_layers,
-        hidden=head_dim * text.num_attention_heads,
-    )
+    return FlopsModel(matrices, text.num_hidden_layers, head_dim * text.num_attention_heads)
 
 
 def speed_of(
@@ -80,10 +83,10 @@ def speed_of(
     world: World,
 ) -> Speed:
     """FLOPs for documents of these ``lengths`` in tokens, and the devices' peak."""
-    counts = flops_model(matrices, spec)
     # Weighted by tokens: a token of a long document attends to more of it.
     mean_length = float(np.square(lengths.astype(np.float64)).sum() / max(1, lengths.sum()))
     peak = None
     if world.device.type == "cuda" and precision is not Precision.fp32:
         peak = peak_flops(torch.cuda.get_device_name(world.device))
-    return Speed(counts.per_token(mean_length), None if peak is None else peak * world.size)
+    flops = flops_model(matrices, spec)
+    return Speed(flops, mean_length, None if peak is None else peak * world.size)

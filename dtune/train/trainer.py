@@ -314,7 +314,7 @@ class Trainer:
             "targets_per_second": targets_per_second,
             "peak_memory_gib": peak_memory_gib(self.world.device),
         }
-        if (mfu := self.speed.mfu(tokens_per_second)) is not None:
+        if (mfu := self.speed.mfu(tokens_per_second, targets_per_second)) is not None:
             row["mfu"] = mfu
         return row
 

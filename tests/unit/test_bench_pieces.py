@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dtune.bench import timing
 from dtune.bench.batches import BatchShape, make_batches
@@ -18,14 +17,9 @@ from dtune.bench.energy import EnergyMeter, total_joules
 from dtune.bench.launches import count_launches
 from dtune.bench.memory import PeakMeter, Peaks, count_tensors, reset_peak_rss
 from dtune.bench.origin import commit_of
-from dtune.bench.reach import unreached_blocks, unreached_flops
 from dtune.bench.timing import time_steps, warm_up
 from dtune.bench.weights import DrawnOnDevice
-from dtune.build import build_trained_model
-from dtune.config.compose import compose_overrides
-from dtune.config.freeze import load_frozen
 from dtune.runtime.world import World
-from dtune.train.speed import flops_model
 from dtune.types import IGNORE_INDEX, Batch
 from tests.distributed.pool import Pool
 
@@ -214,49 +208,6 @@ def test_energy_is_not_made_up() -> None:
     assert "NVIDIA" in meter.why_not
     assert total_joules([1.0, 2.0]) == 3.0
     assert total_joules([1.0, None]) is None
-
-
-def reached(*settings: str) -> tuple[list[str], float, float]:
-    """Blocks that backward does not reach, FLOPs that are spared, and those of the formula."""
-    run = load_frozen(compose_overrides("train", ["run_dir=/none", "model=tiny", *settings]))
-    built = build_trained_model(run, load=False, device=CPU)
-    formula = flops_model(built.matrices, built.spec).per_token(64)
-    return unreached_blocks(built), unreached_flops(built, 64), formula
-
-
-@pytest.mark.parametrize("peft", ["lora", "full", "bitfit", "prompt", "prefix", "ia3"])
-def test_backward_reaches_every_block_of_what_trains_in_all(peft: str) -> None:
-    blocks, spared, _ = reached(f"peft={peft}")
-    assert (blocks, spared) == ([], 0.0)
-
-
-def test_blocks_below_all_that_is_trained_compute_no_backward() -> None:
-    blocks, spared, _ = reached("peft=freeze", "peft.last_blocks=1")
-    assert blocks == [f"model.layers.{index}" for index in range(3)]
-    # Of each: attention of 4 heads and 2 of keys, an MLP of three products, two norms.
-    block = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128
-    assert spared == 3 * (2 * block + 4 * 128 * 64)
-    # The embedding is the head as well: what is trained of it comes before the blocks.
-    both = ["peft.embeddings=true", "peft.head=true"]
-    assert reached("peft=freeze", "peft.last_blocks=1", *both)[0] == []
-
-
-def test_flops_without_backward_are_those_that_torch_counts() -> None:
-    run = load_frozen(
-        compose_overrides(
-            "train", ["run_dir=/none", "model=tiny", "peft=freeze", "peft.last_blocks=1"]
-        )
-    )
-    built = build_trained_model(run, load=False, device=CPU)
-    tokens = 32
-    with FlopCounterMode(display=False) as counter:
-        logits = built.model(torch.zeros(1, tokens, dtype=torch.long, device="meta")).logits
-        logits.sum().backward()
-    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    # Of no length, so without attention; norms multiply no matrices.
-    formula = flops_model(built.matrices, built.spec).per_token(0)
-    norms = 3 * 2 * 2 * 128 + 6 * 2 * 128 + 4 * 128
-    assert counted == tokens * (formula - unreached_flops(built, 0) - norms)
 
 
 def test_the_commit_is_that_of_a_repository_which_keeps_the_file(tmp_path: Path) -> None:

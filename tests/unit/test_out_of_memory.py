@@ -37,6 +37,24 @@ def test_what_a_setting_saves_is_the_difference_of_two_plans() -> None:
     assert saves["train.micro_batch_size=1"] == saves["data.max_length=32"]
 
 
+def test_three_settings_are_named_where_there_is_time_for_one_pass_alone() -> None:
+    run = load_frozen(compose_overrides("train", SETTINGS))
+    found = Counter(run, full_batch(2, 64), 2, time.monotonic() + 0.01).count()
+    saves = {remedy.setting: remedy.saves for remedy in found}
+    assert list(saves) == ["train.micro_batch_size=1", "data.max_length=32", "parallel=fsdp"]
+    assert saves["parallel=fsdp"] == planned().device_bytes - planned("parallel=fsdp").device_bytes
+
+
+def test_weights_that_are_kept_dequantised_need_not_be() -> None:
+    kept = ["quant=nf4", "quant.cache_gib=1"]
+    run = load_frozen(compose_overrides("train", [*SETTINGS, *kept]))
+    found = Counter(run, full_batch(2, 64), 2, time.monotonic() + 600).count()
+    saves = {remedy.setting: remedy.saves for remedy in found}
+    # All linears of the four blocks, of 128 x 128 and others, in bf16.
+    block = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384
+    assert saves["quant.cache_gib=0"] == 2 * 4 * block
+
+
 def test_nothing_is_counted_after_the_deadline() -> None:
     run = load_frozen(compose_overrides("train", SETTINGS))
     assert Counter(run, full_batch(2, 64), 2, time.monotonic() - 1).count() == []

@@ -44,7 +44,8 @@ def test_work_is_that_of_the_formula(kernels: str) -> None:
     width = text.num_attention_heads * text.head_dim
     attention = 7 * length // 2 * width * text.num_hidden_layers
     assert attention_of(plan) / length == pytest.approx(attention)
-    a_token = 4 * matrices.frozen + 6 * matrices.trained + attention
+    head = 4 * matrices.head_frozen
+    a_token = 4 * matrices.frozen + 6 * matrices.trained + head + attention
     assert plan.flops / plan.micros / length == pytest.approx(a_token, rel=0.01)
     assert plan.times is not None
     assert plan.times.floor == pytest.approx(plan.flops / CARD.half_flops, rel=1e-3)
