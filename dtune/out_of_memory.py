@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,17 +123,17 @@ class Counter:
         if planner is None or (now := self._memory(planner, self._run)) is None:
             return []
         found = list(self._of_less(now))
-        for setting, other in self._checked(self._other_engines()):
-            found.append(Remedy(setting, self._saved(now, planner.held(other))))
-        for setting, other in self._checked(self._other_passes()):
-            plan = self._memory(planner, other)
-            if plan is not None:
-                found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
-        for setting, other in self._checked(self._other_bases()):
-            if another := self._planner(other):
+        for setting, other in self._other_engines():
+            if self._holds(other):
+                found.append(Remedy(setting, self._saved(now, planner.held(other))))
+        for setting, other in self._other_bases():
+            if self._holds(other) and (another := self._planner(other)):
                 found.append(Remedy(setting, self._saved(now, another.held(other))))
-        for setting, other in self._checked(self._other_kernels()):
-            another = self._planner(other)
+        for setting, other in self._other_passes():
+            if self._holds(other) and (plan := self._memory(planner, other)):
+                found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
+        for setting, other in self._other_kernels():
+            another = self._planner(other) if self._holds(other) else None
             if another and (plan := self._memory(another, other)):
                 found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
         return [remedy for remedy in found if remedy.saves > 0]
@@ -194,12 +193,12 @@ class Counter:
             other = replace(run.kernels, name=Backend.auto)
             yield "kernels=auto", replace(run, kernels=other)
 
-    def _checked(self, others: Iterator[tuple[str, RunConfig]]) -> Iterator[tuple[str, RunConfig]]:
-        """Those that a run would not be refused with."""
-        for setting, other in others:
-            with suppress(ConfigError):
-                check_run(other, self._ranks)
-                yield setting, other
+    def _holds(self, run: RunConfig) -> bool:
+        try:
+            check_run(run, self._ranks)
+        except ConfigError:
+            return False
+        return True
 
     def _planner(self, run: RunConfig) -> Planner | None:
         """None where building would take too long, or it cannot be planned."""

@@ -50,6 +50,14 @@ def find_own_checkpoint(
     check_parameters(found.path, found.manifest.parameters, trained)
     check_steps_left(found, run, total_steps)
     log.info("going on from %s", found.path)
+    before = (found.manifest.world_size, found.manifest.identity.engine)
+    if before != (world.size, run.parallel.name):
+        log.info(
+            "it was saved by %d ranks under parallel=%s; they are %d under parallel=%s now",
+            *before,
+            world.size,
+            run.parallel.name,
+        )
     return found
 
 

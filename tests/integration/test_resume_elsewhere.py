@@ -148,6 +148,18 @@ def test_a_best_that_is_not_whole_does_not_fail_a_run_that_ends(
     assert "best step is not exported" in caplog.text
 
 
+def test_another_engine_than_that_of_the_checkpoint_is_told_of(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with assembled(overrides(copied.parent, "run", "resume=auto")):
+        assert "going on from" in caplog.text
+        assert "it was saved by" not in caplog.text
+    with assembled(overrides(copied.parent, "run", "resume=auto", "parallel=ddp")):
+        expected = "saved by 1 ranks under parallel=single; they are 1 under parallel=ddp now"
+        assert expected in caplog.text
+
+
 def test_weights_of_an_earlier_end_go_when_the_run_goes_on(copied: Path) -> None:
     assert (copied / "best-adapter").is_dir()
     # At its end there is nothing to go on with: what is there stays.
