@@ -102,7 +102,7 @@ $(VENV)/.installed: $(VENV)/.torch $(PINNED)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(PINNED)
-	@$(PIP) install --quiet --constraint constraints.txt --editable ".[deepspeed,bitsandbytes,tensorboard,wandb,search,plot,dev]"
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[deepspeed,bitsandbytes,tensorboard,wandb,search,plot,peers,dev]"
 	touch $@ $(VENV)/.installed
 
 # First and alone: the CPU index is asked for torch only, and what is installed is kept afterwards.

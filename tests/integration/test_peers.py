@@ -60,18 +60,27 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CaseResult]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["liger", "trl", "torchtune", "unsloth"])
+@pytest.mark.parametrize("name", ["liger", "torchtune", "unsloth"])
 def test_who_cannot_run_has_a_row_that_says_why(compared: dict[str, CaseResult], name: str) -> None:
-    assert compared["dtune"].status is Status.ok
-    row = compared[name]
-    module = {"liger": "liger_kernel"}.get(name, name)
-    if importlib.util.find_spec(module) is None:
-        assert row.status is Status.refused
-        assert "not installed" in row.reason
-    elif name in ("liger", "unsloth"):
-        assert "GPU" in row.reason
-    else:
+    row, module = compared[name], {"liger": "liger_kernel"}.get(name, name)
+    is_there = importlib.util.find_spec(module) is not None
+    if is_there and name == "torchtune":
         assert row.status is Status.ok, row.reason
+        return
+    assert row.status is Status.refused
+    assert ("GPU" if is_there else f"not installed: {module}") in row.reason
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="trl is in the extra peers")
+def test_dtune_and_the_trainer_of_trl_do_the_same_work(compared: dict[str, CaseResult]) -> None:
+    own, peer = (compared[name] for name in ("dtune", "trl"))
+    assert [own.reason, peer.reason] == ["", ""]
+    assert own.measured is not None
+    assert peer.measured is not None
+    assert peer.measured.loss_curve == pytest.approx(own.measured.loss_curve, rel=1e-5)
+    assert own.measured.loss_last < own.measured.loss_first
+    assert len(peer.measured.step_seconds) == 2
 
 
 def test_a_wrong_setting_ends_the_command_with_2(capsys: pytest.CaptureFixture[str]) -> None:
