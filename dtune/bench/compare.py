@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import hypot
 from statistics import median
 
 from dtune.bench.record import CaseResult, Measured
 from dtune.bench.table import Combined, combine
+from dtune.errors import ConfigError
 
 MEMORY_NOISE = 0.01
 """Least difference of memory that counts: allocators round, and runs are few."""
@@ -53,13 +55,16 @@ class Comparison:
     changes: tuple[Change, ...]
     lost: tuple[str, ...]
     """Cases that gave numbers before and give none now, with the reason."""
-    only: tuple[str, ...]
-    """Cases that one of the files alone has."""
+    vanished: tuple[str, ...]
+    """Cases that gave numbers before, and that NEW has not."""
+    told: tuple[str, ...]
+    """Other cases of which there is nothing to compare, with the reason."""
 
     @property
     def is_regression(self) -> bool:
-        """Whether anything is worse than it was."""
-        return bool(self.lost) or any(change.verdict == "worse" for change in self.changes)
+        """Whether anything is worse than it was, or is there no more."""
+        is_worse = any(change.verdict == "worse" for change in self.changes)
+        return is_worse or bool(self.lost or self.vanished)
 
     def lines(self) -> list[str]:
         """As a table, the worse ones marked."""
@@ -77,7 +82,7 @@ class Comparison:
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-        return [*(line.rstrip() for line in table), *self.lost, *self.only]
+        return [*(line.rstrip() for line in table), *self.lost, *self.vanished, *self.told]
 
 
 def differences(old: Sequence[CaseResult], new: Sequence[CaseResult]) -> list[str]:
@@ -130,26 +135,39 @@ def compare(old: Sequence[CaseResult], new: Sequence[CaseResult]) -> Comparison:
     before, now = _by_case(old), _by_case(new)
     changes: list[Change] = []
     lost: list[str] = []
+    vanished: list[str] = []
+    told: list[str] = []
     for key, one in before.items():
-        if key not in now or not one.whole:
-            continue
-        other = now[key]
-        if not other.whole:
-            bad = next(result for result in other.results if result.measured is None)
-            lost.append(f"{one.case}: measured before, now {bad.status.value}: {bad.reason}")
-            continue
-        changes += _changes(one, other)
-    only = [f"only in {name}: {' '.join(key)}" for name, key in _unpaired(before, now)]
-    return Comparison(tuple(changes), tuple(lost), tuple(only))
+        name, other = " ".join(key), now.get(key)
+        if not one.whole:
+            told.append(f"{name}: not compared, {_without_numbers(one)} in OLD")
+        elif other is None:
+            vanished.append(f"only in OLD: {name}")
+        elif not other.whole:
+            lost.append(f"{name}: measured before, now {_without_numbers(other)}")
+        else:
+            changes += _changes(one, other)
+    told += [f"only in NEW: {' '.join(key)}" for key in now if key not in before]
+    return Comparison(tuple(changes), tuple(lost), tuple(vanished), tuple(told))
 
 
-def _unpaired(
-    before: Mapping[tuple[str, str], object], now: Mapping[tuple[str, str], object]
-) -> list[tuple[str, tuple[str, str]]]:
-    return [
-        *(("OLD", key) for key in before if key not in now),
-        *(("NEW", key) for key in now if key not in before),
-    ]
+def _without_numbers(case: Combined) -> str:
+    """How its first run without numbers ended, and why."""
+    bad = next(result for result in case.results if result.measured is None)
+    return f"{bad.status.value}: {bad.reason}"
+
+
+def chosen(results: Sequence[CaseResult], pattern: str) -> list[CaseResult]:
+    """The results of the cases whose name a pattern of a shell fits.
+
+    Raises:
+        ConfigError: It fits none.
+    """
+    found = [result for result in results if fnmatchcase(result.case, pattern)]
+    if not found:
+        names = ", ".join(dict.fromkeys(result.case for result in results))
+        raise ConfigError(f"cases={pattern} fits no case: there are {names}")
+    return found
 
 
 def _changes(one: Combined, other: Combined) -> list[Change]:

@@ -18,8 +18,8 @@ from dtune.bench.record import Origin
 from dtune.measure.memory import GIB
 
 PACKAGES = (
-    "dtune torch transformers peft trl liger-kernel accelerate deepspeed bitsandbytes flash-attn "
-    "triton numpy nvidia-cudnn-cu12 nvidia-cudnn-cu13"
+    "dtune torch transformers peft deepspeed bitsandbytes flash-attn triton numpy "
+    "nvidia-cudnn-cu12 nvidia-cudnn-cu13"
 ).split()
 """Packages whose versions decide how fast a case is; those that are not here are left out."""
 

@@ -18,13 +18,16 @@ USAGE = """dtune bench [settings] [-m]: tokens/s and memory of methods, each in 
 
   dtune bench model=tiny peft=lora
   dtune bench model=llama3_8b precision=bf16 data.max_length=4096 peft=lora,qlora,full -m
-  dtune bench compare OLD NEW [--force]   exit code 1 where NEW is worse beyond the noise of both
-                                          (results.jsonl of two benches, or their folders)
+  dtune bench compare OLD NEW [cases=GLOB] [--force]
+      exit code 1 where NEW is worse beyond the noise of both, or lacks a case that OLD measured
+      (results.jsonl of two benches, or their folders)
 
 Settings are those of a run (dtune train --help), and:
 """
 END = """
 Results are in bench.out: results.jsonl, table.md, plots. docs/bench.md says what they mean."""
+
+_CASES, _FORCE = "cases=", "--force"
 
 
 def run(argv: list[str]) -> int:
@@ -96,23 +99,26 @@ def bench(cases: Sequence[Case], *, command: Sequence[str]) -> int:
 
 def compare_files(argv: Sequence[str]) -> int:
     """Print how NEW stands to OLD; 1 where it is worse, ConfigError where they are not alike."""
-    from dtune.bench.compare import commits, compare, differences
+    from dtune.bench.compare import chosen, commits, compare, differences
     from dtune.bench.record import read_jsonl
 
-    files = [argument for argument in argv if argument != "--force"]
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(help_text())
         return 0
-    if len(files) != 2 or any(name.startswith("-") for name in files):
-        raise ConfigError("dtune bench compare takes OLD and NEW, and --force")
+    patterns = [argument for argument in argv if argument.startswith(_CASES)]
+    files = [argument for argument in argv if argument not in (_FORCE, *patterns)]
+    if len(files) != 2 or len(patterns) > 1 or any(name.startswith("-") for name in files):
+        raise ConfigError(f"dtune bench compare takes OLD and NEW, {_CASES}GLOB and {_FORCE}")
     old, new = (read_jsonl(_results_in(name)) for name in files)
+    for pattern in patterns:
+        old, new = (chosen(results, pattern.removeprefix(_CASES)) for results in (old, new))
     differing = differences(old, new)
     told = [*differing, *commits(old, new)]
-    if differing and "--force" not in argv:
+    if differing and _FORCE not in argv:
         listed = "\n".join(f"  {one}" for one in told)
         raise ConfigError(
             f"{files[0]} and {files[1]} are not of the same machine, versions and work:\n{listed}\n"
-            "--force compares them nevertheless"
+            f"{_FORCE} compares them nevertheless"
         )
     for one in told:
         sys.stdout.write(f"differs: {one}\n")
@@ -120,6 +126,8 @@ def compare_files(argv: Sequence[str]) -> int:
     if not comparison.changes and not comparison.lost:
         raise ConfigError(f"{files[0]} and {files[1]} have no case in common that was measured")
     sys.stdout.writelines(line + "\n" for line in comparison.lines())
+    if comparison.vanished:
+        sys.stdout.write(f"{_CASES}GLOB compares some of the cases alone\n")
     return int(comparison.is_regression)
 
 

@@ -137,11 +137,51 @@ def test_other_work_under_the_same_name_is_refused(compare) -> None:
     assert "peft=lora: train.micro_batch_size: 2 and 4" in said
 
 
-def test_cases_of_one_file_alone_are_named(compare) -> None:
+def test_a_case_that_was_measured_and_is_there_no_more_fails(compare) -> None:
     code, said = compare([result(), result("peft=full")], [result(), result("peft=dora")])
-    assert code == 0
+    assert code == 1
     assert "only in OLD: dtune peft=full" in said
     assert "only in NEW: dtune peft=dora" in said
+    assert "cases=GLOB" in said
+    # The numbers of the others are there as well.
+    assert "peft=lora  tokens/s" in said
+    # One more is no regression.
+    code, said = compare([result()], [result(), result("peft=dora")])
+    assert code == 0
+    assert "only in NEW: dtune peft=dora" in said
+    assert "cases=GLOB" not in said
+
+
+def test_the_comparison_is_of_the_cases_that_are_named(compare) -> None:
+    old = [result("peft=lora a=1"), result("peft=lora a=2"), result("peft=full a=1")]
+    new = [result("peft=lora a=1"), result("peft=lora a=2")]
+    code, said = compare(old, new, "cases=peft=lora*")
+    assert code == 0
+    assert "full" not in said
+    slow = result("peft=lora a=2", numbers=measured(times(STEADY, 2.0)))
+    assert compare(old, [new[0], slow], "cases=peft=lora*")[0] == 1
+    assert compare(old, [new[0], slow], "cases=*a=1", "--force")[0] == 1
+    assert compare(old, [new[0], slow], "cases=peft=lora a=1")[0] == 0
+    # What another case was measured on is no obstacle either.
+    other = replace(slow, origin=replace(slow.origin, hardware={**HARDWARE, "cpu": "another"}))
+    assert compare(old, [new[0], other], "cases=*a=1", "cases=*")[0] == 2
+    assert compare(old, [new[0], other])[0] == 2
+    assert compare(old, [new[0], other], "cases=peft=lora a=1")[0] == 0
+
+
+@pytest.mark.parametrize("pattern", ["peft=dora*", "lora", "peft=full"])
+def test_a_name_that_fits_no_case_of_both_files_is_refused(compare, pattern: str) -> None:
+    code, said = compare([result(), result("peft=full")], [result()], f"cases={pattern}")
+    assert code == 2
+    assert f"cases={pattern} fits no case: there are peft=lora" in said
+
+
+def test_a_case_that_had_no_numbers_before_is_told_and_not_compared(compare) -> None:
+    dead = without_numbers("peft=full", Status.oom, "no room")
+    for now in ([result()], [result(), result("peft=full")], [result(), dead]):
+        code, said = compare([result(), dead], now)
+        assert code == 0
+        assert "dtune peft=full: not compared, oom: no room in OLD" in said
 
 
 def test_files_without_a_case_in_common_are_refused(compare) -> None:
