@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +73,7 @@ def make_inputs(work: Work) -> None:
     _write_model(work)
     if work.device == "cuda":
         # This process goes on while the contestants need the memory.
+        gc.collect()
         torch.cuda.empty_cache()
     _write_tokenizer(work, vocabulary)
     np.save(work.tokens, draw_tokens(work, vocabulary), allow_pickle=False)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from dtune.bench.record import CaseResult, Status, from_json, write_jsonl
 from dtune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+LOG = "run.log"
+"""In the folder of a work: what its last process has said."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 2**-8}
 """Share by which the first loss may differ from dtune's: sums in another order make 1e-6 of it in
 fp32, and bf16 has 8 bits."""
@@ -56,9 +58,10 @@ def main(argv: Sequence[str]) -> int:
         for work in works(options, Path(folder)):
             make_inputs(work)
             for number in range(options.rounds):
-                results += one_round(work, options, number, results, command)
-                # Now, so that what ends this process takes no number away.
-                write_jsonl(results, out)
+                for result in one_round(work, options, number, results, command):
+                    results.append(result)
+                    # Now, so that what ends this process takes no number away.
+                    write_jsonl(results, out)
     table = markdown(results)
     out.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
@@ -85,9 +88,9 @@ def one_round(
     number: int,
     before: Sequence[CaseResult],
     command: Sequence[str],
-) -> list[CaseResult]:
-    """One run of every contestant in every setting that it has."""
-    done: list[CaseResult] = []
+) -> Iterator[CaseResult]:
+    """One run of every contestant in every setting that it has; ``before``: results so far."""
+    known = list(before)
     for setting in options.chosen_settings:
         for name in options.contestants:
             contestant, entry = find(name), Entry(name, setting, work)
@@ -97,18 +100,20 @@ def one_round(
                 result = result_of(entry, contestant, Status.refused, reason=problem)
             else:
                 result = run_process(entry, contestant, minutes=options.minutes)
+                if result.measured is None:
+                    sys.stderr.write(f"{last_lines(entry)}\n")
             origin_here = replace(result.origin, command=tuple(command))
             result = replace(result, repeat=number, origin=origin_here)
-            result = same_work(result, [*before, *done])
-            done.append(result)
+            result = same_work(result, known)
+            known.append(result)
             print(describe(result), flush=True)
-    return done
+            yield result
 
 
 def run_process(entry: Entry, contestant: Contestant, *, minutes: float) -> CaseResult:
     """Run one entry in a fresh process; what ends that process is its result."""
     folder = Path(entry.work.folder)
-    entry_file, result_file, log = (folder / f"run.{end}" for end in ("json", "result", "log"))
+    entry_file, result_file, log = (folder / name for name in ("run.json", "run.result", LOG))
     entry.write(entry_file)
     result_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.peers.worker", str(entry_file), str(result_file)]
@@ -131,10 +136,16 @@ def run_process(entry: Entry, contestant: Contestant, *, minutes: float) -> Case
     if code == -signal.SIGKILL:
         reason = "killed by SIGKILL, as Linux does where the host's memory is used up"
         return result_of(entry, contestant, Status.oom, reason=reason)
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    said = lines[-1] if lines else "nothing"
+    said = last_lines(entry, 1) or "nothing"
     reason = f"its process ended with {code}, and said last: {said}"
     return result_of(entry, contestant, Status.failed, reason=reason)
+
+
+def last_lines(entry: Entry, count: int = 30) -> str:
+    """What the last process of a work has said last."""
+    log = Path(entry.work.folder) / LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return "\n".join(lines[-count:])
 
 
 def environment(work: Work) -> dict[str, str]:

@@ -29,7 +29,8 @@ fi
 STEPS = ("gpu_kernels", "gpu_tests", "gpu_tests_large", "gpu_kernels_speed", "gpu_loop_overhead")
 
 
-SPEED_STEPS = ("gpu_bench_llama8b", "gpu_peers_llama8b", "gpu_peers_llama1b")
+SPEED_STEPS = ("gpu_bench_llama8b", "gpu_peers_llama8b", "gpu_peers_llama1b", "gpu_bench_torch")
+JUDGED = ("gpu_plan_error", "gpu_aims")
 
 
 def run(
@@ -104,9 +105,23 @@ def test_speed_is_measured_beside_the_plan_and_beside_peers(tmp_path: Path) -> N
     done = run(tmp_path, "gpu_speed.sh", FAILS="model=llama1b")
     assert done.returncode == 1
     table = verdicts(done.stdout)
-    assert tuple(table) == SPEED_STEPS
+    assert tuple(table) == (*SPEED_STEPS, *JUDGED)
     assert [step for step, verdict in table.items() if verdict == "FAILED"] == ["gpu_peers_llama1b"]
     ran = (tmp_path / "out" / "gpu_bench_llama8b.txt").read_text()
-    assert "peft=lora,qlora kernels=triton,torch -m" in ran
+    assert "kernels=triton peft=lora,qlora -m" in ran
     assert "data.max_length=4096" in ran
     assert done.stdout.partition("\n\n")[2].count("| lora | 16,000 |") == len(SPEED_STEPS)
+
+
+@pytest.mark.parametrize("fails", ["benchmarks.aims plan", "benchmarks.aims speed"])
+def test_an_aim_that_is_missed_fails_the_speed_script(tmp_path: Path, fails: str) -> None:
+    done = run(tmp_path, "gpu_speed.sh", FAILS=fails)
+    assert done.returncode == 1
+    failed = [step for step, verdict in verdicts(done.stdout).items() if verdict == "FAILED"]
+    assert failed == [JUDGED["speed" in fails]]
+
+
+def test_the_plan_of_plain_pytorch_is_left_out_where_time_is_short(tmp_path: Path) -> None:
+    done = run(tmp_path, "gpu_speed.sh", LIMIT="100")
+    assert done.returncode == 0, done.stdout
+    assert verdicts(done.stdout)["gpu_bench_torch"] == "skipped"
