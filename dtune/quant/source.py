@@ -62,10 +62,7 @@ class QuantizedSource:
 
     def _maker_of(self, path: str) -> Maker:
         if self._maker is None or self._last != path:
-            name = f"{path}.weight"
-
-            def read(start: int, stop: int) -> torch.Tensor:
-                return self._weights.read(name, start, stop)
-
+            # Not this object: weights would outlive the load until garbage is looked for.
+            read = partial(self._weights.read, f"{path}.weight")
             self._last, self._maker = path, Maker(read, self._device)
         return self._maker

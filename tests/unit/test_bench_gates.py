@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from dtune.bench.subject import Subject, build_subject, prepared_run
 from dtune.config.compose import compose_overrides
 from dtune.config.freeze import load_frozen
 from dtune.config.run import RunConfig
+from dtune.models.random import RandomSource
 from dtune.runtime.seed import seed_everything
 from dtune.runtime.world import World
 
@@ -81,6 +83,25 @@ def test_training_passes(subject: Callable[..., Subject], settings: list[str]) -
     for _ in range(6):
         one.step()
     assert loss_problem(one.loss_curve()) == ""
+
+
+@pytest.mark.parametrize("peft", ["lora", "qlora", "dora"])
+def test_what_weights_were_drawn_from_is_gone_before_the_first_step(
+    subject: Callable[..., Subject], peft: str
+) -> None:
+    """It keeps the tensor that it has drawn last, which is as large as the head."""
+
+    def sources() -> int:
+        return sum(isinstance(one, RandomSource) for one in gc.get_objects())
+
+    gc.collect()
+    before = sources()
+    gc.disable()
+    try:
+        assert subject(f"peft={peft}").done == 0
+        assert sources() == before
+    finally:
+        gc.enable()
 
 
 def test_adapters_that_have_not_begun_to_move_are_told(subject: Callable[..., Subject]) -> None:
