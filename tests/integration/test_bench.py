@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from dtune.bench.record import CaseResult, Status, read_jsonl
-
-QUICK = ("bench.warm_up=1", "bench.steps=3", "bench.repeats=1")
-SMALL = (
-    *(*QUICK, "model=tiny", "train.micro_batch_size=1", "train.global_batch_size=2"),
-    *("data.max_length=32", "optim.lr=1e-3", "bench.ceiling_seconds=0"),
-)
-
-
-def bench(*settings: str, memory: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command; ``memory``: address space that each of its processes may have."""
-
-    def limit() -> None:
-        if memory:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-
-    return subprocess.run(
-        [sys.executable, "-m", "dtune", "bench", *settings],
-        capture_output=True,
-        text=True,
-        timeout=550,
-        preexec_fn=limit,
-    )
-
-
-def results_of(folder: Path) -> dict[str, CaseResult]:
-    return {one.case: one for one in read_jsonl(folder / "results.jsonl")}
+from dtune.bench.record import Status, read_jsonl
+from tests.integration.bench_runs import QUICK, SMALL, assert_measured, bench, results_of
 
 
 @pytest.mark.slow
@@ -50,14 +22,7 @@ def test_methods_are_measured_side_by_side_and_scored_at_equal_tokens(tmp_path: 
     results = results_of(out)
     assert list(results) == ["peft=lora", "peft=qlora"]
     for one in results.values():
-        assert one.status is Status.ok
-        assert one.measured is not None
-        assert len(one.measured.step_seconds) == 3
-        assert one.measured.ceiling_flops is not None
-        # What dtune plan says, against the tensors of a step.
-        assert one.measured.plan_error is not None
-        assert abs(one.measured.plan_error) < 0.1
-        assert one.measured.loss_last < one.measured.loss_first
+        assert assert_measured(one, on_gpu=False).ceiling_flops is not None
         assert one.origin.versions["torch"]
         assert one.origin.command[:2] == ("dtune", "bench")
         assert one.score is not None
@@ -105,7 +70,7 @@ def test_two_ranks_are_measured_as_one_step(tmp_path: Path) -> None:
     done = bench(*SMALL, "parallel=fsdp", "launch.nproc=2", "bench.plots=false", f"bench.out={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     (one,) = results_of(out).values()
-    assert one.measured is not None
-    assert one.measured.devices == 2
-    assert one.measured.tokens_per_step == 2 * 32
+    numbers = assert_measured(one, on_gpu=False)
+    assert numbers.devices == 2
+    assert numbers.tokens_per_step == 2 * 32
     assert one.settings["ranks"] == 2
