@@ -9,38 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers.contestants import find
-from benchmarks.peers.inputs import make_inputs
-from benchmarks.peers.measure import run_entry
-from benchmarks.peers.options import SETTINGS, parse
 from benchmarks.peers.run import main
-from benchmarks.peers.work import Entry
 from dtune.bench.record import CaseResult, Status, read_jsonl
+from tests.integration.peer_runs import SMALL, prepared, side_by_side
 
 ROOT = Path(__file__).parents[2]
-SMALL = "model=tiny rounds=1 warmup=2 steps=2 length=64 threads=1 device=cpu".split()
 
 
 def compare(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.peers.run", *SMALL, f"out={out}", *arguments]
+    command = [sys.executable, "-m", "benchmarks.peers.run", *SMALL, "device=cpu"]
+    command += [f"out={out}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.slow
 def test_dtune_and_the_trainer_of_transformers_do_the_same_work(tmp_path: Path) -> None:
-    # Documents that share a row, and micro batches that share a step.
-    options = parse([*SMALL, "documents=4", "accumulation=2"])
-    work = options.work("tiny", tmp_path, has_gpu=False)
-    make_inputs(work)
+    work = prepared(tmp_path, "device=cpu")
     for setting in ("plain", "recompute"):
-        rows = [
-            run_entry(Entry(name, SETTINGS[setting], work), find(name))
-            for name in ("dtune", "hf-peft")
-        ]
-        assert [row.reason for row in rows] == ["", ""]
-        own, peer = (row.measured for row in rows)
-        assert own is not None
-        assert peer is not None
+        own, peer = side_by_side(work, setting, "dtune", "hf-peft")
         # Equal weights, adapter, tokens, optimizer, clipping: the curves are one but for rounding.
         assert own.loss_curve == pytest.approx(peer.loss_curve, rel=1e-5)
         assert own.loss_last < own.loss_first
