@@ -1,4 +1,4 @@
-"""What ``dtune bench``, ``dtune plan`` and benchmarks/peers measure on a GPU."""
+"""What ``dtune bench`` and ``dtune plan`` say of steps on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from tests.gpu.subjects import (
     subject,
 )
 from tests.integration.bench_runs import QUICK, assert_measured, bench, results_of
-from tests.integration.peer_runs import prepared, side_by_side
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,16 +109,3 @@ def test_weights_that_stay_dequantised_change_no_bit_and_lie_on_the_device(
         linears = len(kept_weights(one))
         del one
     assert nbytes <= held[1] - held[0] <= nbytes + 512 * linears
-
-
-def test_contestants_do_the_same_work_in_bf16_on_the_device(tmp_path: Path) -> None:
-    work = prepared(tmp_path, "device=cuda")
-    assert (work.device, work.precision) == ("cuda", "bf16")
-    for setting in ("plain", "recompute"):
-        own, peer = side_by_side(work, setting, "dtune", "hf-peft")
-        for one in (own, peer):
-            assert min(one.step_seconds) > 0
-            assert one.peak_allocated_bytes
-            assert one.peak_reserved_bytes
-            assert one.peak_reserved_bytes >= one.peak_allocated_bytes
-            assert one.loss_last < one.loss_first
