@@ -11,13 +11,14 @@ import pytest
 from dtune.bench.pages import TABLES, with_tables
 from dtune.bench.pages import main as write_pages
 from dtune.bench.plots import NAMES, draw
-from dtune.bench.record import Status, write_jsonl
+from dtune.bench.record import Status, read_jsonl, write_jsonl
 from dtune.bench.table import combine, line_of, markdown, markdown_in_short
 from dtune.errors import ConfigError
 from tests.unit.bench_results import SCORE, measured, result, without_numbers
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHODS = Path("benchmarks/results/methods-tiny-cpu.jsonl")
 
 
 def rows_of(table: str) -> list[dict[str, str]]:
@@ -152,3 +153,12 @@ def test_what_stands_in_a_page_is_what_its_file_gives(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for mark, table in TABLES.items():
         assert with_tables(text, ROOT, mark, table) == text
+
+
+def test_every_method_is_in_the_table_of_the_readme() -> None:
+    results = read_jsonl(ROOT / METHODS)
+    assert {one.status for one in results} == {Status.ok}
+    files = (ROOT / "conf" / "peft").glob("*.yaml")
+    assert {one.case for one in results} == {f"peft={file.stem}" for file in files}
+    for page, table in (("README.md", markdown_in_short), ("docs/bench.md", markdown)):
+        assert table(results) in (ROOT / page).read_text(encoding="utf-8")
