@@ -104,3 +104,22 @@ def test_the_tables_that_are_kept_are_those_of_their_files(file: Path) -> None:
 def test_what_stands_in_the_page_is_what_its_files_give() -> None:
     text = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     assert with_tables(text, ROOT, MARK, markdown) == text
+
+
+@pytest.mark.parametrize("model", ["tiny", "random50m"])
+def test_on_a_cpu_dtune_takes_at_most_the_time_and_memory_of_others(model: str) -> None:
+    """Of what was measured; with everything compiled by torch they are as fast as each other."""
+    results = read_jsonl(ROOT / "benchmarks" / "results" / "peers-cpu.jsonl")
+    rows = {
+        (row.setting, row.who): row
+        for row in rows_of(one for one in results if one.settings["model"] == model)
+        if row.runs
+    }
+    compared = [(setting, who) for setting, who in rows if who != "dtune"]
+    assert {("plain", "hf-peft"), ("recompute", "hf-peft"), ("plain", "trl")} <= set(compared)
+    for setting, who in compared:
+        own, other = rows[setting, "dtune"], rows[setting, who]
+        assert own.peak_bytes <= other.peak_bytes, (setting, who)
+        # Of compiled ones neither is the faster beyond what rounds differ by.
+        noise = max(own.spread, other.spread) if setting == "best" else 0.0
+        assert own.median <= other.median * (1 + noise), (setting, who)
