@@ -38,6 +38,10 @@ HYDRA_FLAGS = frozenset(
     "--config-path --config-name --config-dir --experimental-rerun --info".split()
 )
 
+# Of these it takes one: each says what is done with what is composed.
+_MODES = {"-r": "--run", "-m": "--multirun", "-c": "--cfg", "-i": "--info"}
+_MODES |= {"-sc": "--shell-completion"}
+
 # Keys whose own keys are not ours to name.
 OPEN_KEYS = ("peft.options", "data.columns", "bench.rates")
 
@@ -168,6 +172,11 @@ def check_flags(argv: Sequence[str]) -> None:
         raise ConfigError(
             f"unknown option {flag}: settings are written key=value{did_you_mean(near)}"
         )
+    flags = [argument.split("=", 1)[0] for argument in argv]
+    modes = dict.fromkeys(_MODES.get(flag, flag) for flag in flags)
+    together = [flag for flag in modes if flag in _MODES.values()]
+    if len(together) > 1:
+        raise ConfigError(f"{' and '.join(together)} exclude each other: leave one of them out")
 
 
 def check_truths(argv: Sequence[str]) -> None:

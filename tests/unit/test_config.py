@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtune.config.compose import compose_overrides
+from dtune.config.compose import check_flags, compose_overrides
 from dtune.config.freeze import load_frozen
 from dtune.config.run import POLYMORPHIC, RunConfig
 from dtune.config.suggest import SYNONYMS, all_keys
@@ -187,3 +187,13 @@ def _follow_advice(run: RunConfig, ranks: int) -> None:
         key, _, value = str(error).rpartition("set ")[2].partition("=")
         setattr(run.train, key.removeprefix("train."), int(value))
         check_run(run, ranks)
+
+
+@pytest.mark.parametrize(
+    "flags", [("-m", "--cfg", "job"), ("--cfg=job", "--multirun"), ("-c", "-i")]
+)
+def test_flags_of_hydra_that_exclude_each_other_are_refused(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="exclude each other: leave one of them out"):
+        check_flags(flags)
+    check_flags(["-m", "peft=lora,qlora"])
+    check_flags(["--cfg", "job", "--resolve", "--package", "train"])
