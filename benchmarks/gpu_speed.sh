@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu_speed.sh [WHEELHOUSE]
 #
-# Needs a GPU of 80 GB, 40 GB of free space in TMPDIR and 64 GiB of host memory. Arguments,
+# Needs a GPU of 80 GB, 20 GB of free space in TMPDIR and 64 GB of host memory. Arguments,
 # environment and exit code are those of benchmarks/gpu_checks.sh. Results are kept in OUT:
 # gpu_bench_*.jsonl of `dtune bench` with what its cases said in gpu_bench_*.log, gpu_peers_*.jsonl
 # of benchmarks/peers. Planned memory is held against the peaks, and speed against its aims
