@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from dtune.errors import CheckpointError, ConfigError
 from dtune.resources import resolve_path
 from dtune.runtime.files import published_folder
+from dtune.runtime.imports import uncompiled
 from dtune.runtime.tensors import FileSource, TensorEntry, TensorWriter
 from dtune.types import TensorSource
 
@@ -79,6 +80,14 @@ class ModelPlan:
     entries: Mapping[str, TensorEntry]
 
 
+def peft_config(fields: Mapping[str, object]) -> Any:
+    """The config of ``peft`` with these fields, and its defaults for the others."""
+    # Here, because it takes a second and only the rank that writes needs it.
+    with uncompiled():
+        from peft import PeftConfig
+    return PeftConfig.from_peft_type(**fields)
+
+
 def save_adapter(tensors: Tensors, folder: Path, plan: AdapterPlan) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, in fp32."""
     entries = {
@@ -86,10 +95,7 @@ def save_adapter(tensors: Tensors, folder: Path, plan: AdapterPlan) -> None:
     }
 
     def start(stack: ExitStack, temporary: Path) -> Write:
-        # Here, because it takes a second and only the rank that writes needs it.
-        from peft import PeftConfig
-
-        PeftConfig.from_peft_type(**plan.fields).save_pretrained(str(temporary))
+        peft_config(plan.fields).save_pretrained(str(temporary))
         path = temporary / ADAPTER_WEIGHTS
         metadata = {"format": "pt", **plan.settings}
         writer = stack.enter_context(TensorWriter(path, entries, metadata=metadata))
@@ -229,11 +235,11 @@ def _check_method(
 
 def _peft_defaults(kind: str) -> dict[str, object]:
     """What an older file means by not naming a field; nothing for a type that peft has not."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
-
+    with uncompiled():
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         return {}
-    return dict(vars(PeftConfig.from_peft_type(peft_type=kind)))
+    return dict(vars(peft_config({"peft_type": kind})))
 
 
 def _check_base(folder: Path, saved: Mapping[str, Any], plan: AdapterPlan) -> None:

@@ -32,6 +32,7 @@ from dtune.peft.export import (
     adapter_source,
     not_a_lora,
     open_files,
+    peft_config,
     save_adapter,
     stored_path,
     stream_tensors,
@@ -199,9 +200,7 @@ class VirtualTokens(Method, ABC):
 
     def peft_config(self) -> Any:
         """The config that ``peft`` builds the encoder of training from."""
-        from peft import PeftConfig
-
-        return PeftConfig.from_peft_type(**{**self._fields, "inference_mode": False})
+        return peft_config({**self._fields, "inference_mode": False})
 
     def source(self, stored: TensorSource, held: TensorSource, seed: int) -> TensorSource:
         """As the layers of ``peft``'s encoder are initialised."""
@@ -254,9 +253,7 @@ class VirtualTokens(Method, ABC):
         kept: dict[str, torch.Tensor] = {}
 
         def start(stack: ExitStack, temporary: Path) -> Write:
-            from peft import PeftConfig
-
-            PeftConfig.from_peft_type(**plan.fields).save_pretrained(str(temporary))
+            peft_config(plan.fields).save_pretrained(str(temporary))
             adapter = _open(stack, temporary / ADAPTER_WEIGHTS, _entries(plan.shapes))
             encoder = _open(stack, temporary / ENCODER_WEIGHTS, _entries(self.shapes))
 

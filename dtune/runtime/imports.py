@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_DISABLES = "TORCHDYNAMO_DISABLE"
 
 
 @contextmanager
@@ -20,3 +23,21 @@ def uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Import with ``torch.compile`` as a decorator that changes nothing; of use on the main thread.
+
+    bitsandbytes, which ``peft`` imports, has four functions for devices without kernels compiled
+    while it is imported: more than a second goes into importing Inductor for them.
+    """
+    before = os.environ.get(_DISABLES)
+    os.environ[_DISABLES] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_DISABLES]
+        else:
+            os.environ[_DISABLES] = before
