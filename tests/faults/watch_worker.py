@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import itertools
 import os
 import signal
@@ -17,11 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from dtune.runtime.imports import uncollected
 
-from dtune.checkpoint.writer import Checkpointer
-from dtune.data.loader import Loader
-from dtune.objectives.sft import Sft
+if __name__ == "__main__" and sys.argv[1] != "launch":
+    # As a worker does; what launches needs no torch.
+    with uncollected():
+        importlib.import_module("dtune.assemble")
 
 
 def _stop() -> None:
@@ -40,6 +42,8 @@ def _gil() -> None:
 
 
 def _out_of_memory() -> None:
+    import torch
+
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
@@ -67,6 +71,10 @@ def before(owner: Any, name: str, act: Callable[[], None], *, call: int) -> None
 
 def inject(kind: str, at: int) -> None:
     """Put the fault in, at a step counted from 1; a step has two micro batches."""
+    from dtune.checkpoint.writer import Checkpointer
+    from dtune.data.loader import Loader
+    from dtune.objectives.sft import Sft
+
     if kind in IN_STEP:
         before(Sft, "loss", IN_STEP[kind], call=2 * at)
     elif kind == "batches":
