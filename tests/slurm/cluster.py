@@ -25,6 +25,8 @@ TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 INSTALL = "apt-get install -y --no-install-recommends slurm-wlm munge"
 MARK = "DTUNE_TEST_CLUSTER"
 """Variable of the daemons, and of the step daemons that they start: the node."""
+LONGEST_PAUSE = 0.3
+"""Seconds between two looks at what is waited for."""
 _SBIN = "/usr/sbin:/sbin"
 _PR_SET_PDEATHSIG = 1
 
@@ -245,14 +247,16 @@ class Cluster:
         return set(nodes) == set(self.shape.names)
 
     def _wait(self, holds: Callable[[], bool], what: str, timeout: float, job: str = "") -> None:
-        deadline = time.monotonic() + timeout
+        began = time.monotonic()
+        deadline = began + timeout
         while not holds():
             for name, process in self._daemons.items():
                 if process.poll() not in (None, -signal.SIGKILL):
                     raise ClusterError(f"{name} ended with {process.returncode}\n{self.logs()}")
             if time.monotonic() > deadline:
                 raise ClusterError(f"not in {timeout:g} s: {what}\n{self.logs(job)}")
-            time.sleep(0.05)
+            # Most ask SLURM, by a process each time, and a job that is waited for needs the CPU.
+            time.sleep(min(0.05 + 0.05 * (time.monotonic() - began), LONGEST_PAUSE))
 
 
 def _search_path() -> str:

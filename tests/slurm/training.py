@@ -97,7 +97,9 @@ def wait_for_step(cluster: Cluster, job: str, run_dir: Path, step: int) -> None:
     """Wait until a step has been logged."""
 
     def is_logged() -> bool:
+        if step in steps_of(run_dir, "train"):
+            return True
         cluster.wait_for(job, "PENDING", "RUNNING", "COMPLETED")
-        return step in steps_of(run_dir, "train")
+        return False
 
     cluster.wait_until(is_logged, f"step {step} of {run_dir.name}", job=job)
