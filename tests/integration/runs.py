@@ -33,7 +33,8 @@ class StopAt:
 
 def train(world: World, *, overrides: list[str], stop_at: int = 0) -> str:
     """A whole run as ``dtune train`` does it, stopped after ``stop_at`` steps; how it ended."""
-    text = compose_overrides("train", overrides)
+    # As ``dtune train`` does it: composed once, which takes a third of a second.
+    text = world.broadcast(compose_overrides("train", overrides) if world.is_first else "")
     run = load_frozen(text)
     if world.is_first:
         start_run_folder(run, text, command=["dtune", "train", *overrides])
