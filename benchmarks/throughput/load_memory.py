@@ -13,6 +13,7 @@ in host memory.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing as mp
 import os
@@ -149,8 +150,12 @@ def _rank(rank: int, port: int, jobs: dict[str, Any], pipe: Connection) -> None:
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
     )
-    from dtune.runtime.world import World
+    from dtune.runtime.imports import uncollected
 
+    with uncollected():
+        from dtune.runtime.world import World
+
+        importlib.import_module("dtune.assemble")
     world = World.start()
     how = (jobs["engine"], jobs["method"], jobs["precision"], jobs["quant"])
     small = _load(world, jobs["small"], *how)
