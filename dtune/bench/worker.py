@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dtune.bench.files import CaseFile, Failure, read_case, write_failure, write_origin
 from dtune.bench.record import CaseResult, Status, write_jsonl
+from dtune.runtime.imports import uncollected
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,11 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(case: CaseFile, folder: Path) -> None:
-    from dtune.bench.measure import measure_case
-    from dtune.bench.origin import origin_of
-    from dtune.config.freeze import read_frozen
-    from dtune.runtime.logs import start_logging
-    from dtune.runtime.world import World
+    with uncollected():
+        from dtune.bench.measure import measure_case
+        from dtune.bench.origin import origin_of
+        from dtune.config.freeze import read_frozen
+        from dtune.runtime.logs import start_logging
+        from dtune.runtime.world import World
 
     run = read_frozen(folder)
     world = World.start()
