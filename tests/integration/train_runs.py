@@ -97,9 +97,11 @@ def assembled(overrides: list[str], world: World | None = None) -> Iterator[Asse
 
     In a world of one that it starts and stops, or in the world given.
     """
-    text = compose_overrides("train", overrides)
-    run = load_frozen(text)
+    composes = world is None or world.is_first
+    text = compose_overrides("train", overrides) if composes else ""
     mine = World.start() if world is None else world
+    text = mine.broadcast(text)
+    run = load_frozen(text)
     if mine.is_first:
         start_run_folder(run, text, command=["dtune", "train", *overrides])
     mine.barrier()
