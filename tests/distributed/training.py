@@ -230,7 +230,9 @@ def train(
 
 
 def curve(world: World, *, setup: Setup) -> list[tuple[float, float]]:
-    """Train from the start."""
+    """Train from the start; nothing on the ranks that have no part in it."""
+    if setup.engine == "single" and not world.is_first:
+        return []
     return train(world, build_engine(world, setup), setup, range(setup.steps))
 
 

@@ -41,16 +41,21 @@ class Seen:
 
 
 def curve(world: World, *, setup: Setup) -> Curve:
-    """Loss and gradient norm of each step."""
+    """Loss and gradient norm of each step; nothing on the ranks that have no part in it."""
+    if setup.engine == "single" and not world.is_first:
+        return []
     built = build(world, setup)
     return train(world, built.engine, setup, range(STEPS), built.participant)
 
 
-def run_cell(world: World, *, setup: Setup, folder: Path) -> Seen:
-    """Train, resume and export; ``folder`` gets the exported weights."""
+def run_cell(world: World, *, setup: Setup, folder: Path) -> Seen | None:
+    """Train, resume and export; ``folder`` gets the exported weights.
+
+    None on ranks that have no part in it.
+    """
     if setup.engine == "single":
-        # Each rank by itself.
-        folder = folder.with_name(f"{folder.name}-{world.rank}")
+        if not world.is_first:
+            return None
         world = replace(world, rank=0, size=1)
     built = build(world, setup)
     batch = make_batch(99, 0, packed=False)
