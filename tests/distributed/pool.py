@@ -72,8 +72,9 @@ def _serve(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
-        # Of its own: what another process compiles may be half written.
-        TORCHINDUCTOR_CACHE_DIR=f"{compiled}/rank-{rank}",
+        # Of these ranks together, as under torchrun, and of no others: what a process compiled that
+        # was killed may be half written.
+        TORCHINDUCTOR_CACHE_DIR=compiled,
     )
     import torch
 
