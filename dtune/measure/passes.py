@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +23,12 @@ from dtune.measure.values import Unknown, Values
 from dtune.types import Batch
 
 _COPY = torch.ops.aten._to_copy.default
+_ZEROS = torch.ops.aten.new_zeros.default
+_ADD_AT, _ADD = torch.ops.aten.index_put.default, torch.ops.aten.add.Tensor
+_IN_PLACE = {
+    _ADD_AT: torch.ops.aten.index_put_.default,
+    _ADD: torch.ops.aten.add_.Tensor,
+}
 _ALIGNED = 128
 """Rows of logits are padded to at most a multiple of so many elements."""
 
@@ -111,6 +118,8 @@ class PassTally(TorchDispatchMode):
         self._wide: dict[int, int] = {}
         self._gradients: set[int] = set()
         self._live = self._live_gradients = self._live_wide = 0
+        self._zeros: int | None = None
+        self.is_backward = False
         self._wide_series: list[int] = []
         self.operations: Counter[Operation] = Counter()
         self.series: list[Alive] = []
@@ -126,16 +135,36 @@ class PassTally(TorchDispatchMode):
         kwargs = kwargs or {}
         with suppress(Unknown):
             return self._values.read(func, args)
+        if self._adds_up(func, args, kwargs):
+            func = _IN_PLACE[func]
         results = func(*args, **kwargs)
         self._values.follow(func, args, kwargs, results)
         is_copy = func is _COPY and _address(args[0]) in self._sources
         for leaf in tree_leaves(results):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._note(leaf, is_copy=is_copy)
+                self._zeros = _address(leaf) if func is _ZEROS else None
         if operation := cost_of(func, args, kwargs, results, known=self._values.integers):
             self.operations[operation] += 1
         self.mark()
         return results
+
+    def _adds_up(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether autograd would add in place if no mode looked on, and so holds one tensor less.
+
+        It does so for the gradient of an index, and where gradients reach a tensor by several ways.
+        Backward formulas of torch's own operations add no tensors that are alike; what a function
+        in Python adds is left as it is, and so is a forward that is computed again.
+        """
+        if func is _ADD_AT:
+            return _address(args[0]) == self._zeros
+        if func is not _ADD or not self.is_backward or kwargs or torch.is_grad_enabled():
+            return False
+        if isinstance(torch._C._current_autograd_node(), BackwardCFunction):
+            return False
+        one, other = args
+        is_alike = isinstance(other, torch.Tensor) and one.shape == other.shape
+        return is_alike and one.dtype == other.dtype
 
     def mark(self) -> None:
         """Note what is alive now."""
@@ -299,13 +328,15 @@ def count_passes(
     )
     model.train()
     split = _Split(tally, last_block)
-    with _gradients_noted(tally, parameters, split.hooks), setting.mode, tally:
-        with setting.computing():
-            result = loss(model, inputs)
-            total, copies = tally.alive, tally.alive_copies()
-            logits, left = tally.alive_logits(), offloaded()
-            forward = len(tally.series)
-        result.backward()
+    with _gradients_noted(tally, parameters, split.hooks), setting.mode, tally, setting.computing():
+        result = loss(model, inputs)
+        total, copies = tally.alive, tally.alive_copies()
+        logits, left = tally.alive_logits(), offloaded()
+        forward = len(tally.series)
+        tally.is_backward = True
+        # As engines do it: inside of autocast, which keeps its copies until both are through.
+        with torch.autocast(setting.device.type, enabled=False):
+            result.backward()
     during, before, after = split.cut(forward)
     return Passes(
         activations=total - copies,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from dtune.errors import ConfigError
-from dtune.optim.flat import FlatAdamW
+from dtune.optim.flat import ALIGNMENT, FlatAdamW
 from dtune.optim.schema.adamw import Adamw8bitConfig, AdamwConfig, Flat
 from dtune.optim.schema.sgd import SgdConfig
 from dtune.runtime.capabilities import require
@@ -76,6 +76,12 @@ def build_adamw(
     return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=_fused(groups))
 
 
+def flat_alignment(wanted: Flat, size: int, *, on_gpu: bool) -> int:
+    """Of one buffer for whole parameters of so many bytes; 0: there is none."""
+    is_flat = wanted is Flat.always or (wanted is Flat.auto and on_gpu and size <= FLAT_BYTES)
+    return ALIGNMENT if is_flat else 0
+
+
 def _is_flat(wanted: Flat, parameters: list[nn.Parameter], whole: bool | None) -> bool:
     """Whether parameters are put into one buffer."""
     if wanted is Flat.never or whole is None:
@@ -83,7 +89,8 @@ def _is_flat(wanted: Flat, parameters: list[nn.Parameter], whole: bool | None) -
     device = parameters[0].device
     problem = triton_problem(device)
     if wanted is Flat.auto:
-        return whole and not problem and sum(p.nbytes for p in parameters) <= FLAT_BYTES
+        size = sum(p.nbytes for p in parameters)
+        return whole and bool(flat_alignment(wanted, size, on_gpu=not problem))
     if not whole:
         raise ConfigError(
             "optim.flat=always: parameters or their gradients are cut into pieces, or reduced in "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from dtune.parallel.base import COMPUTE_DTYPES
 from dtune.parallel.wrap import blocks_of
@@ -37,6 +38,10 @@ class Planned:
     """Over the trained parameters on the meta device: what groups there are."""
     state_bytes: Callable[[int], int]
     """Optimizer state of a tensor of so many elements."""
+    alignment: Callable[[int], int]
+    """Of one buffer that whole parameters of so many bytes are put into; 0: there is none."""
+    stepping: Callable[[int, bool], int]
+    """Bytes that updating so many elements takes besides, which decay or do not."""
     precision: Precision
     ranks: int
     accumulates: bool
@@ -76,6 +81,10 @@ class Footprint:
     """Whether masters are computed with, under autocast, and not cast parameters."""
     gradients_stay: bool = False
     """Whether gradients lie in buffers that are there all the time."""
+    reduces_late: bool = False
+    """Whether gradients are reduced, and buffers there, only as backward leaves blocks."""
+    afterwards: int = 0
+    """Besides gradients, at most when activations are gone: reduced last, or for the step."""
     host: frozenset[str] = NOTHING
     """Those of the first five that are in host memory, by their names."""
 
@@ -101,25 +110,48 @@ def _on_host(stays: set[str]) -> frozenset[str]:
     return frozenset({"frozen", "masters", "copies", "gradients", "optimizer"} - stays)
 
 
-def of_replica(planned: Planned, *, in_buckets: bool = False) -> Footprint:
-    """Everything on every rank; with ddp gradients lie in its buckets."""
+def of_replica(planned: Planned, *, one_bucket: int | None = None) -> Footprint:
+    """Everything on every rank.
+
+    With ddp gradients lie in its buckets: one for all, beside a frozen base, where they take at
+    most ``one_bucket`` bytes. Several fill in the last micro batch, and what was added up before
+    is beside them until then. An optimizer over one buffer takes the place of the one bucket: it
+    puts gradients together at the end of a step, when they are there twice.
+    """
     trained = [p.numel() for p in planned.trained()]
+    size = MASTER * sum(trained)
+    is_whole = one_bucket is None or (bool(planned.frozen()) and size <= one_bucket)
+    alignment = planned.alignment(size) if is_whole else 0
+    held = [-(-numel // alignment) * alignment for numel in trained] if alignment else trained
+    masters = MASTER * sum(held)
     return Footprint(
         frozen=_stored(planned.frozen()),
-        masters=MASTER * sum(trained),
+        masters=masters,
         copies=0,
-        gradients=MASTER * sum(trained),
-        optimizer=sum(map(planned.state_bytes, trained)),
+        gradients=size if one_bucket is None else masters,
+        optimizer=sum(map(planned.state_bytes, held)),
+        buckets=size if planned.accumulates and not is_whole else 0,
         autocasts=True,
-        gradients_stay=in_buckets,
+        gradients_stay=one_bucket is not None and not alignment,
+        afterwards=masters if alignment else _stepping(planned, nn.Parameter.numel),
     )
 
 
-def of_fsdp(planned: Planned, *, shards: int, on_host: bool) -> Footprint:
+def _stepping(planned: Planned, held: Callable[[nn.Parameter], int]) -> int:
+    """What the update of the largest group takes besides, of so many elements of each parameter."""
+    return max(
+        planned.stepping(sum(map(held, group["params"])), group["weight_decay"] > 0)
+        for group in planned.optimizer.param_groups
+    )
+
+
+def of_fsdp(planned: Planned, *, shards: int, reshards: bool, on_host: bool) -> Footprint:
     """Rows of every tensor, as many on each rank, the last ones padded.
 
     A micro batch that does not end the step leaves its gradients whole, and on the device. Gathered
-    are what is outside of blocks, one block, and the next, which is fetched meanwhile.
+    are what is outside of blocks, one block, and the next, which is fetched meanwhile; everything,
+    where a block is not freed after its forward. A block's gradients are reduced as backward leaves
+    it, those of what is outside of blocks at the end, when activations are gone.
     """
 
     def held(parameter: nn.Parameter) -> int:
@@ -129,33 +161,47 @@ def of_fsdp(planned: Planned, *, shards: int, on_host: bool) -> Footprint:
     trained = planned.trained()
     masters = MASTER * sum(map(held, trained))
     whole = MASTER * sum(p.numel() for p in trained)
+    blocks, outside = _groups(planned)
+    reducing = planned.compute_size + MASTER
+    last = _computed(planned, outside) + reducing * _trained(outside)
     return Footprint(
         frozen=sum(held(p) * p.itemsize for p in planned.frozen()),
         masters=masters,
         copies=0,
         gradients=max(masters, whole if planned.accumulates else 0),
         optimizer=sum(planned.state_bytes(held(p)) for p in trained),
-        gathered=_gathered(planned),
-        buckets=_reduced(planned),
+        gathered=_gathered(planned)
+        if reshards
+        else _computed(planned, planned.model.parameters()),
+        buckets=reducing * max(map(_trained, blocks), default=0)
+        + planned.compute_size * _trained(_without_embeddings(planned, outside)),
+        reduces_late=True,
+        afterwards=max(last, 0 if on_host else _stepping(planned, held)),
         host=_on_host({"gradients"} if planned.accumulates else set()) if on_host else NOTHING,
     )
 
 
-def _reduced(planned: Planned) -> int:
-    """Gradients of a block, whole, and their copy that is reduced in fp32."""
-    blocks = blocks_of(planned.model, planned.spec)
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    groups = [list(block.parameters()) for block in blocks]
-    groups.append([p for p in planned.model.parameters() if id(p) not in inside])
-    trained = [sum(p.numel() for p in group if p.requires_grad) for group in groups]
-    return (planned.compute_size + MASTER) * max(trained)
+def _groups(planned: Planned) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+    """Parameters of each block, and those outside of blocks."""
+    blocks = [list(block.parameters()) for block in blocks_of(planned.model, planned.spec)]
+    inside = {id(p) for block in blocks for p in block}
+    return blocks, [p for p in planned.model.parameters() if id(p) not in inside]
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def _without_embeddings(planned: Planned, outside: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Whose gradients are there from the start of backward on; those of embeddings come last."""
+    assert isinstance(planned.model, PreTrainedModel)
+    last = {id(p) for p in planned.model.get_input_embeddings().parameters()}
+    return [p for p in outside if id(p) not in last]
 
 
 def _gathered(planned: Planned) -> int:
-    blocks = blocks_of(planned.model, planned.spec)
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    outside = [p for p in planned.model.parameters() if id(p) not in inside]
-    largest = max((_computed(planned, block.parameters()) for block in blocks), default=0)
+    blocks, outside = _groups(planned)
+    largest = max((_computed(planned, block) for block in blocks), default=0)
     return _computed(planned, outside) + 2 * largest
 
 

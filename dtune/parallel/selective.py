@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -22,6 +23,9 @@ _ATTENTION = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
+# Of documents that lie one behind another, by name: torch makes an op known when its module is
+# imported, flash-attn where it is installed.
+_PACKED = frozenset({"torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"})
 # Where the left factor of a product is among its arguments.
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1}
 
@@ -36,7 +40,7 @@ def is_dear(op: Any, args: tuple[Any, ...]) -> bool:
     """Whether a result is dear to compute again and cheap to keep: attention and large products."""
     if op in _PRODUCTS:
         return bool(args[_PRODUCTS[op]].shape[-1] >= DEAR)
-    return op in _ATTENTION
+    return op in _ATTENTION or (isinstance(op, OpOverload) and op._schema.name in _PACKED)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -149,6 +149,8 @@ class Adalora(Tuner):
             parameter.grad = None
             for kind, average in zip(_KINDS, averages, strict=True):
                 state[f"{kind}/{name}"].copy_(average[name])
+        # The averages are in the state: those that the allocator made would be held twice.
+        allocator.reset_ipt()
         for name, kept in (pattern or {}).items():
             state[f"kept/{name}"].copy_(torch.tensor(kept, dtype=torch.float32))
 

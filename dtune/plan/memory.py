@@ -15,6 +15,7 @@ from dtune.build import BuiltModel
 from dtune.config.run import RunConfig
 from dtune.measure.memory import GIB
 from dtune.measure.passes import Passes
+from dtune.measure.storages import distinct_bytes
 from dtune.objectives.causal import causal_loss
 from dtune.optim.schema import OptimConfig, same_rate
 from dtune.parallel.base import COMPUTE_DTYPES
@@ -23,7 +24,7 @@ from dtune.parallel.schema import ParallelConfig
 from dtune.plan.trace import Regime, Tracer, kept_weights
 from dtune.quant.layout import CODES, PARTS
 from dtune.runtime.schema import Precision, Recompute
-from dtune.types import IGNORE_INDEX, Batch, ModelSpec
+from dtune.types import IGNORE_INDEX, Batch, ModelSpec, PeftMethod, TakesPartInSteps
 
 LIBRARIES = 64 << 20
 """Workspaces of cuBLAS, which torch allocates: 32 MiB on Hopper, for forward and for backward."""
@@ -47,7 +48,12 @@ class MemoryRequest:
     ranks: int
     accumulates: bool
     device: torch.device
+    """Whose implementations of operations run."""
     rate_factor: Callable[[str], float] = same_rate
+    on_gpu: bool = False
+    """Whether it is planned for a GPU, of whichever device the operations are."""
+    method_state: int = 0
+    """Bytes that the method keeps from step to step."""
 
 
 class Part(NamedTuple):
@@ -72,6 +78,10 @@ class MemoryPlan:
     """Of the frozen weights' bytes, the part that is scales of a quantised base."""
     kept: int
     """Weights that stay dequantised beside their bytes."""
+    buffers: int
+    """Of the model, whole on every rank."""
+    method_state: int
+    """What the method keeps from step to step."""
     on_gpu: bool
 
     def _of_device(self, name: str) -> int:
@@ -95,7 +105,8 @@ class MemoryPlan:
         held = self.held
         always = sum(map(self._of_device, ("frozen", "masters", "copies", "optimizer")))
         passing = held.gathered + held.buckets
-        return always + self.kept + self.gradients + passing + self.waiting
+        beside = self.kept + self.buffers + self.method_state
+        return always + beside + self.gradients + passing + self.waiting
 
     @property
     def workspace(self) -> int:
@@ -106,12 +117,27 @@ class MemoryPlan:
     def freed(self) -> int:
         """Of activations, what is gone before the last gradient is there.
 
-        Known where a rank has all gradients as they come; else it is little, and left out.
+        Known where a rank has all gradients as they come, and where a block's are reduced when
+        backward leaves it; else it is left out.
         """
-        if self.accumulates or not self.held.autocasts:
+        saved, buckets = self.saved, 0
+        if self.held.reduces_late:
+            buckets = self.held.buckets
+            before = self.gradients if self.accumulates else 0
+            early = before + max(saved.forward, saved.early_filling)
+            peak = max(early, self.gradients + buckets + saved.late)
+        elif self.held.autocasts and not self.accumulates:
+            peak = max(saved.peak_filling, self.gradients)
+        else:
             return 0
-        peak = max(self.saved.peak_filling, self.gradients)
-        return max(0, self.gradients + max(self.saved.peak, self.waiting) - peak)
+        return max(0, self.gradients + buckets + max(saved.peak, self.waiting) - peak)
+
+    @property
+    def afterwards(self) -> int:
+        """What the last reductions or the step take beyond what the passes took, now free."""
+        held = self.held
+        passes = held.gathered + held.buckets + self.waiting + self.workspace - self.freed
+        return max(0, held.afterwards - passes)
 
     def parts(self) -> list[Part]:
         """What takes how much; the sums of the columns are low, likely and high."""
@@ -124,9 +150,11 @@ class MemoryPlan:
             ("frozen weights", frozen - scales),
             ("quantisation scales", scales),
             ("weights kept dequantised", self.kept),
+            ("buffers", self.buffers),
             ("trained parameters", self._of_device("masters")),
             ("  in the compute dtype", self._of_device("copies")),
             ("optimizer state", self._of_device("optimizer")),
+            ("state of the method", self.method_state),
             ("saved activations", saved.activations - saved.logits),
             ("saved logits", saved.logits),
             ("  weights cast by autocast", saved.copies),
@@ -136,6 +164,7 @@ class MemoryPlan:
             ("reduce buffers", held.buckets),
             ("workspace of a block or the head", self.workspace),
             ("  gone before all gradients are there", -self.freed),
+            ("more when activations are gone", self.afterwards),
             ("workspaces of libraries", LIBRARIES if self.on_gpu else 0),
         ]
         parts = [
@@ -222,7 +251,9 @@ def plan_memory(
         ranks=request.ranks,
         scales=share_of_scales(model),
         kept=sum(weight.nbytes for weight in kept_weights(model)),
-        on_gpu=request.device.type == "cuda",
+        buffers=distinct_bytes(model.buffers()),
+        method_state=request.method_state,
+        on_gpu=request.on_gpu,
     )
 
 
@@ -252,6 +283,8 @@ def planned_of(model: nn.Module, spec: ModelSpec, request: MemoryRequest) -> Pla
         spec,
         request.optim.build(trained, rate_factor=request.rate_factor),
         request.optim.state_of,
+        lambda size: request.optim.alignment(size, on_gpu=request.on_gpu),
+        lambda numel, decays: request.optim.stepping(numel, decays=decays),
         request.precision,
         request.ranks,
         request.accumulates,
@@ -264,9 +297,12 @@ def plan_held(model: nn.Module, spec: ModelSpec, request: MemoryRequest) -> Foot
 
 
 def request_of(
-    run: RunConfig, built: BuiltModel, ranks: int, *, accumulates: bool
+    run: RunConfig, built: BuiltModel, ranks: int, *, accumulates: bool, for_gpu: bool = False
 ) -> MemoryRequest:
-    """What decides the memory of a composed run."""
+    """What decides the memory of a composed run; ``for_gpu``: also where this machine has none."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = built.method
+    state = method.state() if isinstance(method, TakesPartInSteps) else {}
     return MemoryRequest(
         run.parallel,
         run.optim,
@@ -275,8 +311,10 @@ def request_of(
         run.train.offload_activations,
         ranks,
         accumulates,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        built.method.rate_factor,
+        device,
+        method.rate_factor,
+        on_gpu=for_gpu or device.type == "cuda",
+        method_state=sum(tensor.nbytes for tensor in state.values()),
     )
 
 
@@ -311,3 +349,10 @@ def mean_length_of(batch: Batch) -> float:
 def plain_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Loss of next tokens; its memory is that of every objective."""
     return causal_loss(model, batch).total
+
+
+def loss_of(method: PeftMethod) -> Callable[[nn.Module, Batch], torch.Tensor]:
+    """The same with the penalty of a method that has one, whose gradients wait in backward."""
+    if not isinstance(method, TakesPartInSteps):
+        return plain_loss
+    return lambda model, batch: plain_loss(model, batch) + method.penalty()

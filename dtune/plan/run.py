@@ -31,7 +31,7 @@ from dtune.plan.memory import (
     MemoryRequest,
     full_batch,
     mean_length_of,
-    plain_loss,
+    loss_of,
     plan_held,
     plan_memory,
     planned_of,
@@ -138,6 +138,7 @@ class Planner:
         self.run, self.ranks, self.card = run, ranks, card
         self.built = build_planned(run, device)
         self._per_node = per_node
+        self._loss = loss_of(self.built.method)
         here = self.request(run).device
         self._tracer = Tracer(self.built.model, self.built.spec, here)
         config = self.built.model.config
@@ -160,7 +161,13 @@ class Planner:
     def request(self, run: RunConfig) -> MemoryRequest:
         """What decides the memory of settings."""
         accumulates = accumulation_steps(run, self.ranks) > 1
-        return request_of(run, self.built, self.ranks, accumulates=accumulates)
+        return request_of(
+            run,
+            self.built,
+            self.ranks,
+            accumulates=accumulates,
+            for_gpu=self.card is not None,
+        )
 
     def batch(self, run: RunConfig) -> Batch:
         """A micro batch of settings: rows of two documents, every token of which is trained on."""
@@ -171,8 +178,8 @@ class Planner:
         used = batch or self.batch(run)
         model, spec = self.built.model, self.built.spec
         try:
-            plan = plan_memory(
-                model, spec, self.request(run), used, plain_loss, tracer=self._tracer
+            return plan_memory(
+                model, spec, self.request(run), used, self._loss, tracer=self._tracer
             )
         except _BY_VALUES as error:
             raise UncountableError(
@@ -184,7 +191,6 @@ class Planner:
                 f"{spec.family} ({spec.path}) calls an operation whose result's shape torch does "
                 f"not know without computing it, and cannot be planned ({error})"
             ) from error
-        return replace(plan, on_gpu=plan.on_gpu or self.card is not None)
 
     def held(self, run: RunConfig) -> Footprint:
         """What a rank holds besides activations, under settings."""

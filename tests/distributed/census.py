@@ -18,7 +18,7 @@ from dtune.measure.storages import StorageTally, distinct_bytes
 from dtune.models.load import build_model
 from dtune.models.schema import Attention, ModelConfig
 from dtune.objectives.causal import causal_loss
-from dtune.optim.schema import OPTIM
+from dtune.optim.schema import OPTIM, OptimConfig
 from dtune.optim.schema.schedule import ScheduleConfig
 from dtune.parallel.base import COMPUTE_DTYPES, TorchEngine
 from dtune.parallel.deepspeed import DeepSpeedEngine
@@ -87,6 +87,11 @@ class Zeros:
         return torch.zeros(()).expand(stop - start)
 
 
+def optim_of(setup: Setup) -> OptimConfig:
+    """The optimizer of a setup, at whatever rate."""
+    return OPTIM.config(setup.optim)(**dict(setup.optim_options))
+
+
 def empty_engine(world: World, setup: Setup) -> Engine:
     """The engine of one process over zeros: no weights are read, and none decomposed."""
     precision = Precision(setup.precision)
@@ -96,7 +101,7 @@ def empty_engine(world: World, setup: Setup) -> Engine:
         model,
         spec,
         source=Zeros(model),
-        optimizer=partial(OPTIM.config(setup.optim)().build, rate_factor=method.rate_factor),
+        optimizer=partial(optim_of(setup).build, rate_factor=method.rate_factor),
         schedule=partial(build_schedule_of, ScheduleConfig()),
         recompute=Recompute(setup.recompute),
         compile_blocks=False,
@@ -248,7 +253,7 @@ def _plan(setup: Setup, ranks: int, recompute: str) -> MemoryPlan:
     model, spec, method = build_meta(setup, precision)
     request = MemoryRequest(
         parallel=PARALLEL.config(setup.engine)(**dict(setup.engine_options)),
-        optim=OPTIM.config(setup.optim)(),
+        optim=optim_of(setup),
         precision=precision,
         recompute=Recompute(recompute),
         offload=setup.offload,

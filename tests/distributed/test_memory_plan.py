@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from dtune.optim.schema.adamw import Flat
 from dtune.parallel.schema import engines
 from dtune.resources import resolve_path
 from tests.distributed.census import LIVE, plan
+from tests.distributed.peak_cases import settings
 from tests.distributed.pool import Pool
 from tests.distributed.training import Setup, config_folder
 
@@ -48,6 +50,34 @@ def shown(setup: Setup) -> str:
 def test_the_tiny_model_takes_what_was_planned(two_ranks: Pool, setup: Setup) -> None:
     planned = plan(setup, ranks=2)
     assert fullest(two_ranks.run(CENSUS, setup=setup, planned=planned)) == planned
+
+
+@pytest.mark.parametrize("peft", ["lora", "bitfit"])
+@pytest.mark.parametrize("engine", ["single", "ddp"])
+def test_one_buffer_takes_what_was_planned(two_ranks: Pool, engine: str, peft: str) -> None:
+    """With what is left free between parameters, which biases are too short to begin without."""
+    flat = replace(TINY, engine=engine, peft=peft, optim_options=(("flat", Flat.always),))
+    planned = plan(flat, ranks=2)
+    assert fullest(two_ranks.run(CENSUS, setup=flat, planned=planned)) == planned
+
+
+PEAKS = "tests.distributed.peak_cases:peaks"
+FEW = ("launch.nproc=2", "train.micro_batch_size=1", "precision=bf16")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("parallel=ddp", "peft=full", "train.global_batch_size=4"),
+        ("parallel=ddp", "peft=lora", "train.global_batch_size=4", "optim.flat=always"),
+        ("parallel=ddp", "peft=full", "train.global_batch_size=2"),
+    ],
+    ids=["what was added up beside buckets", "one buffer", "in buckets"],
+)
+def test_the_peak_of_a_step_is_what_was_planned(two_ranks: Pool, chosen: tuple[str, ...]) -> None:
+    run = settings(*FEW, *chosen)
+    for planned, counted in two_ranks.run(PEAKS, run=run):
+        assert planned == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from dtune.config.support import ILLEGAL, forbids
 from dtune.peft.schema import PEFT
+from dtune.quant.schema import QUANT
 from dtune.resources import resolve_path
 from dtune.runtime.world import World
 from tests.distributed.census import LIVE, plan, take_census
@@ -31,7 +32,7 @@ SHAPES = {
 CELLS = [
     (peft, quant)
     for peft in PEFT.names()
-    for quant in ("none", "nf4", "int8")
+    for quant in QUANT.names()
     if not any(
         forbids(rule, {"peft": peft, "quant": quant})
         for rule in ILLEGAL
@@ -117,7 +118,7 @@ def assert_planned(
         assert list(differences(wrong, found)) == [key]
 
 
-ALWAYS = {"none": "tiny", "nf4": "8b", "int8": "1b"}
+ALWAYS = {"none": "tiny", "nf4": "8b", "int8": "1b", "fp4": "1b"}
 """Where a cell of the matrix is always counted; on the other models it is slow."""
 
 
@@ -127,11 +128,23 @@ def cells(*models: str) -> list[Any]:
         pytest.param(
             *((model,) if len(models) > 1 else ()),
             *(peft, quant),
-            marks=() if ALWAYS[quant] == model or peft == "lora" else pytest.mark.slow,
+            marks=[] if ALWAYS[quant] == model or peft == "lora" else [pytest.mark.slow],
         )
         for model in models
         for peft, quant in CELLS
     ]
+
+
+def test_no_method_and_no_quantisation_goes_without_a_count() -> None:
+    """Each has a cell that is never left out; every pair has one unless it is forbidden."""
+    found = cells("tiny", *SHAPES)
+    every = [one.values for one in found]
+    always = [one.values for one in found if not one.marks]
+    assert {peft for _, peft, _ in always} == set(PEFT.names())
+    assert {quant for _, _, quant in always} == set(QUANT.names()) == set(ALWAYS)
+    pairs = {(peft, quant) for peft in PEFT.names() for quant in QUANT.names()}
+    refused = {("full", quant) for quant in QUANT.names() if quant != "none"}
+    assert {(peft, quant) for _, peft, quant in every} == pairs - refused
 
 
 @pytest.mark.parametrize(("peft", "quant"), cells("tiny"))

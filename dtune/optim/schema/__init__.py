@@ -44,6 +44,17 @@ class OptimConfig:
         """Optimizer state of a tensor of so many elements, in bytes."""
         return self.state_bytes * numel
 
+    def alignment(self, size: int, *, on_gpu: bool) -> int:
+        """Elements that parameters of so many bytes begin at a multiple of, in one buffer of all.
+
+        0: each stays a tensor of its own. They and their gradients are whole.
+        """
+        return 0
+
+    def stepping(self, numel: int, *, decays: bool) -> int:
+        """Bytes that the update of a group takes besides what it updates and reads."""
+        return 0
+
     def build(
         self,
         named: Iterable[tuple[str, nn.Parameter]],

@@ -57,6 +57,12 @@ class AdamwConfig(AdamConfig):
         """Two fp32 moments."""
         return 8
 
+    def alignment(self, size: int, *, on_gpu: bool) -> int:
+        """Where one buffer holds all parameters, what each begins at a multiple of."""
+        from dtune.optim.optimizers import flat_alignment
+
+        return flat_alignment(self.flat, size, on_gpu=on_gpu)
+
     def build(
         self,
         named: Iterable[tuple[str, nn.Parameter]],

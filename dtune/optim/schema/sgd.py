@@ -33,6 +33,10 @@ class SgdConfig(OptimConfig):
         """One fp32 momentum, where there is any."""
         return 4 if self.momentum else 0
 
+    def stepping(self, numel: int, *, decays: bool) -> int:
+        """Decayed parameters are added to a copy of the gradients, all of a group at once."""
+        return 4 * numel if decays else 0
+
     def build(
         self,
         named: Iterable[tuple[str, nn.Parameter]],

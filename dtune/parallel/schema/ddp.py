@@ -46,7 +46,7 @@ class DdpConfig(ParallelConfig):
         """Bytes that the fullest rank holds, besides activations."""
         from dtune.parallel.footprint import of_replica
 
-        return of_replica(planned, in_buckets=True)
+        return of_replica(planned, one_bucket=self.one_bucket_mib << 20)
 
     def traffic(self, planned: Planned, *, micros: int) -> list[Collective]:
         """What a rank sends in one optimizer step of so many micro batches."""

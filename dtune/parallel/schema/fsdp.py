@@ -46,7 +46,12 @@ class FsdpConfig(ParallelConfig):
         """Bytes that the fullest rank holds, besides activations."""
         from dtune.parallel.footprint import of_fsdp
 
-        return of_fsdp(planned, shards=self.shard_size or planned.ranks, on_host=self.cpu_offload)
+        return of_fsdp(
+            planned,
+            shards=self.shard_size or planned.ranks,
+            reshards=self.reshard_after_forward,
+            on_host=self.cpu_offload,
+        )
 
     def traffic(self, planned: Planned, *, micros: int) -> list[Collective]:
         """What a rank sends in one optimizer step of so many micro batches."""

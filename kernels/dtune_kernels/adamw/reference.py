@@ -10,6 +10,9 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
+CHUNK = 1 << 16
+"""Elements that are updated at a time: what is computed on the way takes a few of these, not of n."""
+
 
 def adamw_flat_(
     master: torch.Tensor,
@@ -33,16 +36,19 @@ def adamw_flat_(
     """
     if blocked is not None and bool(blocked):
         return
-    grad = grad.to(master.dtype)
-    if clip_scale is not None:
-        grad = grad * clip_scale.to(master.dtype)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
     corrections = [-torch.expm1(step.double() * log(beta)) for beta in (beta1, beta2)]
+    root = corrections[1].sqrt().to(master.dtype)
     rate = lr.to(master.dtype)
-    denominator = exp_avg_sq.sqrt() / corrections[1].sqrt().to(master.dtype) + eps
-    change = rate / corrections[0].to(master.dtype) * (exp_avg / denominator)
-    master.sub_(rate * weight_decay * master + change)
+    decay, scale = rate * weight_decay, rate / corrections[0].to(master.dtype)
+    buffers = (master, grad, exp_avg, exp_avg_sq)
+    for p, g, m, v in zip(*(buffer.split(CHUNK) for buffer in buffers), strict=True):
+        g = g.to(p.dtype)
+        if clip_scale is not None:
+            g = g * clip_scale.to(p.dtype)
+        m.lerp_(g, 1 - beta1)
+        v.lerp_(g.square(), 1 - beta2)
+        change = scale * (m / (v.sqrt() / root + eps))
+        p.sub_(decay * p + change)
     if shadow is not None:
         shadow.copy_(master)
 
