@@ -238,28 +238,6 @@ def _address(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def empty_model(
-    model: nn.Module, mode: FakeTensorMode, trained_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Replace parameters and buffers by ones without values, in place; shared ones stay so."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                dtype = trained_dtype if parameter.requires_grad else parameter.dtype
-                with mode:
-                    empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            module._parameters[leaf] = made[id(parameter)]
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None:
-                with mode:
-                    empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-                module._buffers[leaf] = empty
-
-
 def _batch_in(batch: Batch, mode: FakeTensorMode, device: torch.device, values: Values) -> Batch:
     fakes: dict[str, Any] = {}
     for name, real in vars(batch).items():
@@ -309,7 +287,7 @@ def count_passes(
     A storage that an operation made counts once, as long as autograd or anybody holds it.
 
     Args:
-        model: That ``empty_model`` was given.
+        model: Of parameters and buffers without values, of the setting's mode.
         batch: On the CPU.
         loss: Forward and loss.
         setting: How it is run.

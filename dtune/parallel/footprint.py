@@ -163,20 +163,18 @@ def of_fsdp(planned: Planned, *, shards: int, reshards: bool, on_host: bool) -> 
     whole = MASTER * sum(p.numel() for p in trained)
     blocks, outside = _groups(planned)
     reducing = planned.compute_size + MASTER
-    last = _computed(planned, outside) + reducing * _trained(outside)
     return Footprint(
         frozen=sum(held(p) * p.itemsize for p in planned.frozen()),
         masters=masters,
         copies=0,
         gradients=max(masters, whole if planned.accumulates else 0),
         optimizer=sum(planned.state_bytes(held(p)) for p in trained),
-        gathered=_gathered(planned)
-        if reshards
-        else _computed(planned, planned.model.parameters()),
+        gathered=_gathered(planned) if reshards else _computed(planned, planned.model.parameters()),
         buckets=reducing * max(map(_trained, blocks), default=0)
         + planned.compute_size * _trained(_without_embeddings(planned, outside)),
         reduces_late=True,
-        afterwards=max(last, 0 if on_host else _stepping(planned, held)),
+        # Before a group is reduced its weights are freed.
+        afterwards=max(reducing * _trained(outside), 0 if on_host else _stepping(planned, held)),
         host=_on_host({"gradients"} if planned.accumulates else set()) if on_host else NOTHING,
     )
 

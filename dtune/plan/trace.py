@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dtune.measure.passes import Passes, Setting, count_passes, empty_model
+from dtune.measure.passes import Passes, Setting, count_passes
 from dtune.parallel.wrap import blocks_of, wrap_blocks
 from dtune.peft.prefix import PrefixTokens
 from dtune.quant.linear import QuantizedLinear
@@ -135,6 +135,28 @@ class Tracer:
                 last_block=blocks[-1] if blocks else None,
                 offloaded=lambda: 0 if offloader is None else offloader.host_bytes,
             )
+
+
+def empty_model(
+    model: nn.Module, mode: FakeTensorMode, trained_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Replace parameters and buffers by ones without values, in place; shared ones stay so."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                dtype = trained_dtype if parameter.requires_grad else parameter.dtype
+                with mode:
+                    empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[leaf] = made[id(parameter)]
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                with mode:
+                    empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                module._buffers[leaf] = empty
 
 
 def kept_weights(model: nn.Module) -> list[torch.Tensor]:

@@ -58,7 +58,8 @@ ALWAYS = ("adalora", "p_tuning", "prefix", "prompt", "vera")
 
 
 @pytest.mark.parametrize(
-    "peft", [one if one in ALWAYS else pytest.param(one, marks=pytest.mark.slow) for one in PEFT.names()]
+    "peft",
+    [one if one in ALWAYS else pytest.param(one, marks=pytest.mark.slow) for one in PEFT.names()],
 )
 def test_every_method(world: World, peft: str) -> None:
     chosen = (f"peft={peft}", TWO_MICROS)

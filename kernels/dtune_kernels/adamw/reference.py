@@ -11,7 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 CHUNK = 1 << 16
-"""Elements that are updated at a time: what is computed on the way takes a few of these, not of n."""
+"""Elements that are updated at a time: a few of these, and not of n, are computed on the way."""
 
 
 def adamw_flat_(
