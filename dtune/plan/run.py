@@ -10,9 +10,6 @@ import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedMutationAliasingException,
-    UnsupportedOperatorException,
 )
 from transformers import PretrainedConfig
 
@@ -45,11 +42,6 @@ from dtune.train.speed import flops_model
 from dtune.types import Batch
 
 _BY_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-_UNKNOWN = (
-    UnsupportedFakeTensorException,
-    UnsupportedMutationAliasingException,
-    UnsupportedOperatorException,
-)
 
 
 class UncountableError(ConfigError):
@@ -186,10 +178,10 @@ class Planner:
                 f"{spec.family} ({spec.path}) decides by values what it computes, and cannot be "
                 f"planned without them ({error})"
             ) from error
-        except _UNKNOWN as error:
+        except RuntimeError as error:
             raise UncountableError(
-                f"{spec.family} ({spec.path}) calls an operation whose result's shape torch does "
-                f"not know without computing it, and cannot be planned ({error})"
+                f"{spec.family} ({spec.path}) does what torch cannot do on tensors without values, "
+                f"and cannot be planned ({error})"
             ) from error
 
     def held(self, run: RunConfig) -> Footprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from dtune.peft.schema import PEFT
 from dtune.plan.auto import decide
 from dtune.plan.cards import find_card
 from dtune.plan.memory import full_batch, mean_length_of
-from dtune.plan.run import Planner, RunPlan, plan_run
+from dtune.plan.run import Planner, RunPlan, UncountableError, plan_run
 
 CARD = find_card("h200")
 TINY = ("precision=bf16", "data.max_length=96", "train.global_batch_size=16")
@@ -83,6 +84,33 @@ def test_a_window_is_all_that_attention_computes() -> None:
     pairs = sum(min(place + 1, 10) for length in (100, 200) for place in range(length))
     assert flops(9) == pytest.approx(2 * 2 * pairs * 4 * 8, rel=0.05)
     assert flops(-1) == pytest.approx(2 * 2 * (100**2 + 200**2) / 2 * 4 * 8)
+
+
+@torch.library.custom_op("dtune_tests::of_unknown_shape", mutates_args=())
+def of_unknown_shape(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def of_a_shape_by_values(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0]
+
+
+@pytest.mark.parametrize(
+    ("operation", "said"),
+    [
+        (of_unknown_shape, r"cannot do on tensors without values.*of_unknown_shape"),
+        (of_a_shape_by_values, "decides by values"),
+    ],
+)
+def test_what_cannot_be_counted_without_values_is_said(
+    operation: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    run = settings("data.max_length=64")
+    planner = Planner(run, 1, None)
+    norm = planner.built.model.get_submodule("model.norm")
+    norm.register_forward_hook(lambda module, args, output: operation(output))
+    with pytest.raises(UncountableError, match=said):
+        planner.memory(run)
 
 
 OF_THEIR_OWN = ("full", "lora", "prefix", "prompt", "p_tuning")
