@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
 
 from dtune.optim.schema import OPTIM
 from dtune.parallel import traffic as formulas
 from dtune.parallel.footprint import Planned
 from dtune.parallel.schema import PARALLEL, engines
 from dtune.parallel.traffic import Collective
-from dtune.runtime.schema import Precision
+from dtune.plan.memory import MemoryRequest, planned_of
+from dtune.runtime.schema import Precision, Recompute
 from tests.distributed.census import build_meta
 from tests.distributed.pool import Pool
 from tests.distributed.traffic import Traffic
@@ -115,18 +118,27 @@ def planned(case: Case, folder: Path, ranks: int) -> list[Collective]:
     engine = PARALLEL.config(case.engine)(**dict(case.options))
     reach = case.reach or formulas.ZERO3_LIVE
     with patch.object(formulas, "ZERO3_LIVE", reach):
-        return engine.traffic(facts(ranks, case.micros > 1), micros=case.micros)
+        of_ranks = replace(facts, ranks=ranks, accumulates=case.micros > 1)
+        return engine.traffic(of_ranks, micros=case.micros)
 
 
 @cache
-def _facts(folder: str, peft: str, quant: str, precision: str) -> partial[Planned]:
-    """All that does not depend on ranks."""
+def _facts(folder: str, peft: str, quant: str, precision: str) -> Planned:
+    """Of one rank, since all but their number is the same for more."""
     setup = Setup(folder, peft=peft, quant=quant, precision=precision)
     model, spec, method = build_meta(setup, Precision(precision))
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    config = OPTIM.config(setup.optim)()
-    optimizer = config.build(trained, rate_factor=method.rate_factor)
-    return partial(Planned, model, spec, optimizer, config.state_of, Precision(precision))
+    request = MemoryRequest(
+        parallel=PARALLEL.config("single")(),
+        optim=OPTIM.config(setup.optim)(),
+        precision=Precision(precision),
+        recompute=Recompute.none,
+        offload=False,
+        ranks=1,
+        accumulates=False,
+        device=torch.device("cpu"),
+        rate_factor=method.rate_factor,
+    )
+    return planned_of(model, spec, request)
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
