@@ -19,7 +19,13 @@ from tests.gpu.subjects import (
     save_qwen3,
     subject,
 )
-from tests.integration.bench_runs import QUICK, assert_measured, bench, results_of
+from tests.integration.bench_runs import (
+    QUICK,
+    assert_as_planned,
+    assert_measured,
+    bench,
+    results_of,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +46,7 @@ def test_cases_are_measured_with_peaks_as_planned_and_kernels_take_less(tmp_path
     results = results_of(out)
     for result in results.values():
         numbers = assert_measured(result, on_gpu=True)
+        assert_as_planned(numbers)
         assert result.origin.hardware["device"] == torch.cuda.get_device_name()
         assert numbers.ceiling_flops
         assert numbers.tokens_per_step == 64 * 512

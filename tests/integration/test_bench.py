@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from dtune.bench.record import Status, read_jsonl
-from tests.integration.bench_runs import QUICK, SMALL, assert_measured, bench, results_of
+from tests.integration.bench_runs import (
+    QUICK,
+    SMALL,
+    assert_as_planned,
+    assert_measured,
+    bench,
+    results_of,
+)
 
 
 @pytest.mark.slow
@@ -22,7 +29,9 @@ def test_methods_are_measured_side_by_side_and_scored_at_equal_tokens(tmp_path: 
     results = results_of(out)
     assert list(results) == ["peft=lora", "peft=qlora"]
     for one in results.values():
-        assert assert_measured(one, on_gpu=False).ceiling_flops is not None
+        numbers = assert_measured(one, on_gpu=False)
+        assert_as_planned(numbers)
+        assert numbers.ceiling_flops is not None
         assert one.origin.versions["torch"]
         assert one.origin.command[:2] == ("dtune", "bench")
         assert one.score is not None
