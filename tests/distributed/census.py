@@ -135,7 +135,9 @@ def take_census(
             loss = causal_loss(engine.model, batch).total
             gc.collect()  # DeepSpeed's hooks are in cycles with what they have seen
             live = partial(_activations, engine, tally, batch)
-            found.activations = _settled(live, planned["activations"])
+            if last:
+                # In the one before DDP makes its buckets anew, which are no activations.
+                found.activations = _settled(live, planned["activations"])
             found.gathered = distinct_bytes(model.parameters()) if _is_zero3(engine) else 0
             engine.backward(loss / 100)
             del loss
