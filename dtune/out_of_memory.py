@@ -28,6 +28,9 @@ from dtune.runtime.watch.heartbeat import current_micro
 from dtune.train.trainer import Trainer
 from dtune.types import Batch
 
+NAMED = 3
+"""Settings that are named where memory runs out."""
+
 # What allocators say that raise no error of their own kind.
 _WORDS = ("can't allocate memory", "cublas_status_alloc_failed", "cuda error: out of memory")
 
@@ -98,7 +101,7 @@ def advise(run: RunConfig, trainer: Trainer | None, *, seconds: float) -> str:
         log.setLevel(level)
     if not remedies:
         return "`dtune plan` with the settings of the run says what takes how much"
-    best = sorted(remedies, key=lambda remedy: -remedy.saves)[:3]
+    best = sorted(remedies, key=lambda remedy: -remedy.saves)[:NAMED]
     return f"By the plan for this batch, {'; '.join(map(str, best))}"
 
 
@@ -106,7 +109,7 @@ class Counter:
     """Counts the memory of a run under other settings until a deadline.
 
     Most settings are counted on the model of the run itself; what needs another model, or another
-    pass, is left out where there is no time for it.
+    pass, is left out where there is no time for it. Until NAMED are found passes are awaited.
     """
 
     def __init__(self, run: RunConfig, batch: Batch, ranks: int, deadline: float) -> None:
@@ -120,18 +123,19 @@ class Counter:
     def count(self) -> list[Remedy]:
         """What helps, of all that was counted in time."""
         planner = self._planner(self._run)
-        if planner is None or (now := self._memory(planner, self._run)) is None:
+        if planner is None or (now := self._memory(planner, self._run, awaited=True)) is None:
             return []
         found = list(self._of_less(now))
         for setting, other in self._other_engines():
             if self._holds(other):
                 found.append(Remedy(setting, self._saved(now, planner.held(other))))
+        for setting, other in self._other_passes():
+            awaited = sum(remedy.saves > 0 for remedy in found) < NAMED
+            if self._holds(other) and (plan := self._memory(planner, other, awaited=awaited)):
+                found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
         for setting, other in self._other_bases():
             if self._holds(other) and (another := self._planner(other)):
                 found.append(Remedy(setting, self._saved(now, another.held(other))))
-        for setting, other in self._other_passes():
-            if self._holds(other) and (plan := self._memory(planner, other)):
-                found.append(Remedy(setting, now.device_bytes - plan.device_bytes))
         for setting, other in self._other_kernels():
             another = self._planner(other) if self._holds(other) else None
             if another and (plan := self._memory(another, other)):
@@ -213,10 +217,12 @@ class Counter:
         finally:
             self._building = max(self._building, time.monotonic() - start)
 
-    def _memory(self, planner: Planner, run: RunConfig) -> MemoryPlan | None:
-        """None where a pass would take too long, or it cannot be counted; the first is awaited."""
+    def _memory(
+        self, planner: Planner, run: RunConfig, *, awaited: bool = False
+    ) -> MemoryPlan | None:
+        """None where a pass would take too long and is not ``awaited``, or cannot be counted."""
         start = time.monotonic()
-        if self._tracing and start + self._tracing > self._deadline:
+        if not awaited and start + self._tracing > self._deadline:
             return None
         try:
             return planner.memory(run, self._batch)
