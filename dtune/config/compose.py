@@ -27,7 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dtune.config.freeze import explain_omegaconf, freeze
 from dtune.config.run import POLYMORPHIC, RunConfig
-from dtune.config.suggest import did_you_mean, near_keys, near_options, truth_keys
+from dtune.config.suggest import did_you_mean, near_keys, near_options, truth_keys, unknown_key
 from dtune.config.values import check_truth
 from dtune.errors import ConfigError
 from dtune.resources import find_data
@@ -260,9 +260,7 @@ def explain(error: HydraException | OmegaConfBaseException) -> ConfigError:
         cause = error.__cause__
         if wrong and isinstance(cause, ConfigAttributeError | ConfigKeyError):
             key = wrong.group(1)
-            return ConfigError(
-                f"unknown key {key}{did_you_mean(_near_groups(key) + near_keys(key))}"
-            )
+            return ConfigError(unknown_key(key, _near_groups(key)))
         if isinstance(cause, OmegaConfBaseException):
             return explain_omegaconf(cause)
     return ConfigError(text)

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from dtune.config.run import POLYMORPHIC, RunConfig
 from dtune.config.secret import check_settings
-from dtune.config.suggest import did_you_mean, near_keys, near_options
+from dtune.config.suggest import did_you_mean, near_options, unknown_key
 from dtune.config.text import check_text
 from dtune.config.values import check_kinds, check_values
 from dtune.errors import ConfigError
@@ -119,7 +119,7 @@ def explain_omegaconf(error: OmegaConfBaseException) -> ConfigError:
     unknown = re.search(r"Key '([^']+)' (?:is )?not in", message)
     if unknown:
         key = key or unknown.group(1)
-        return ConfigError(f"unknown key {key}{did_you_mean(near_keys(key))}")
+        return ConfigError(unknown_key(key))
     if isinstance(error, InterpolationResolutionError):
         return ConfigError(f"{key}: {message}")
     enum = re.search(r"Invalid value '([^']*)', expected one of \[([^\]]*)\]", message)

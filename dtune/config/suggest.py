@@ -98,6 +98,18 @@ def near_keys(key: str) -> list[str]:
     return list(dict.fromkeys(found))[:3]
 
 
+def unknown_key(key: str, near: Iterable[str] = ()) -> str:
+    """What to say of a key that the config has not: whose it is, or which was meant.
+
+    ``near``: names to suggest before those of keys.
+    """
+    group, registry = key.split(".")[0], POLYMORPHIC.get(key.split(".")[0])
+    if registry is None or key not in all_keys():
+        return f"unknown key {key}{did_you_mean([*near, *near_keys(key)])}"
+    names = [n for n in registry.names() if key in _keys(registry.config(n), f"{group}.")]
+    return f"unknown key {key}: it is one of {group}={', '.join(names)}, and another is chosen"
+
+
 def near_options(wrong: str, options: Iterable[str]) -> list[str]:
     """The options that a wrong one probably means, best first, at most three."""
     return difflib.get_close_matches(wrong, list(options), n=3, cutoff=0.5)

@@ -87,6 +87,8 @@ def test_synonyms_point_to_what_exists() -> None:
     [
         ("peft.rnk=8", "unknown key peft.rnk; did you mean peft.rank"),
         ("+peft.rnk=8", "unknown key peft.rnk; did you mean peft.rank"),
+        # A right key of another option is not suggested once more.
+        ("launch.nodes=2", "unknown key launch.nodes: it is one of launch=slurm, slurm_srun, and"),
         ("lora_alpha=8", "peft.alpha"),
         ("learning_rate=1", "optim.lr"),
         ("pfet=lora", "peft=..."),
